@@ -1,12 +1,12 @@
-"""What the four scripts share: patches, a vision transformer, data, and a run.
+"""What the four scripts share: patches, a vision transformer, data, and a run. Whoever copies a script takes this file along.
 
-Whoever copies a script takes this file along and nothing else. It knows no method: masking, mixing and the models live in the
-scripts. Letters: B batch, N patches, n visible patches, D width, H heads, P patch side, C channels, T tokens, M pictures in all.
+It knows no method: masking, mixing and the models live in the scripts. Letters in shapes: B batch, N patches, n visible
+patches, D width, H heads, P patch side, C channels, T tokens, M pictures in a data set.
 """
 
-import argparse, difflib, hashlib, json, math, os, signal, sys, time
+import difflib, hashlib, json, math, os, signal, sys, time
+from argparse import Namespace
 from collections import OrderedDict
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,20 +37,17 @@ def patchify(images, patch):
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 def unpatchify(patches, patch, size):
-    """(B, N, P·P·C) → (B, C, H, W), the inverse of `patchify`. `size` is the picture's side or (H, W), in pixels."""
-    h, w = grid_of(pair(size), patch)
-    x = patches.unflatten(2, (patch, patch, -1)).unflatten(1, (h, w))                       # (B, h, w, P, P, C)
+    """(B, N, P·P·C) → (B, C, H, W), the inverse of `patchify`. `size`: the picture's side or (H, W), in pixels."""
+    x = patches.unflatten(2, (patch, patch, -1)).unflatten(1, grid_of(pair(size), patch))   # (B, h, w, P, P, C)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 def sincos_positions(dim, grid):
-    """The fixed 2-D sine-cosine table (h·w, dim): the first half tells the column, the second the row (MAE, section 3).
-
-    Each half holds sin, then cos, of place / 10000^(k / (dim/4)) for k = 0 … dim/4 − 1; raises Problem unless dim divides by 4.
-    """
+    """The fixed 2-D sine-cosine table (h·w, dim): its first half tells the column, its second the row (MAE, section 3). Each half
+    holds sin, then cos, of place / 10000^(k / (dim/4)) for k = 0 … dim/4 − 1. Raises Problem unless dim divides by 4."""
     if dim % 4:
         raise Problem(f"sine-cosine positions need a width that divides by 4, not {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    column, row = torch.arange(grid[1]).repeat(grid[0]), torch.arange(grid[0]).repeat_interleave(grid[1])
+    row, column = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).T      # 2 × (N,)
     angles = [place[:, None] * frequency for place in (column, row)]                        # 2 × (N, dim/4)
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
 
@@ -60,18 +57,14 @@ def take(tokens, index):
 
 def keep_lowest(scores, n):
     """scores (B, N) → keep (B, n), restore (B, N), mask (B, N): the n lowest scores stay visible, in every picture exactly n.
-
-    `restore` brings tokens in the order visible, hidden back to their places; `mask` is 1 where hidden, 0 where visible.
-    """
+    `restore` brings tokens in the order visible, hidden back to their places; `mask` is 1 where hidden, 0 where visible."""
     shuffle = scores.argsort(dim=1)                                                         # lowest score first
     restore = shuffle.argsort(dim=1)                                                        # the inverse permutation
     return shuffle[:, :n], restore, (restore >= n).float()
 
 def pixel_loss(images, prediction, mask, patch, norm_pixels):
-    """(B, C, H, W), (B, N, P·P·C), (B, N) → (): mean squared error over the hidden patches only (MAE, section 3).
-
-    With `norm_pixels` the target is each patch normalised by its own mean and (unbiased) variance.
-    """
+    """(B, C, H, W), (B, N, P·P·C), (B, N) → (): mean squared error over the hidden patches only (MAE, section 3). With
+    `norm_pixels` the target is each patch normalised by its own mean and (unbiased) variance."""
     target = patchify(images, patch).float()
     if norm_pixels:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -111,20 +104,15 @@ class Attention(nn.Module):
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 class Block(nn.Module):
-    """Pre-norm transformer block (B, T, D) → (B, T, D). While training, each of its two branches is left out for a whole
-    picture with probability `drop_path`, and scaled up when it stays (stochastic depth)."""
+    """Pre-norm transformer block (B, T, D) → (B, T, D). While training, each of its two branches is left out for a whole picture
+    with probability `drop_path`, and scaled up when it stays."""
 
     def __init__(self, dim, heads, drop_path=0.0, attention=Attention):
         super().__init__()
-        self.drop_path = drop_path
         self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-
-    def drop(self, x):
-        if not (self.training and self.drop_path):
-            return x
-        return x * (torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path) / (1 - self.drop_path)
+        self.drop = torchvision.ops.StochasticDepth(drop_path, "row")
 
     def forward(self, x):
         x = x + self.drop(self.attn(self.norm1(x)))
@@ -141,11 +129,11 @@ def fixed_positions(dim, grid):
     return nn.Parameter(table[None], requires_grad=False)                                   # (1, 1+N, D)
 
 class ViT(nn.Module):
-    """Vision transformer with timm's parameter names, in the two halves a masked autoencoder needs: `embed` makes every patch
-    a token, `encode` runs the blocks over whichever tokens are left.
+    """Vision transformer with timm's parameter names, in the two halves a masked autoencoder needs: `embed` makes every patch a
+    token, `encode` runs the blocks over whichever tokens are left. `size` is the pictures' side or (height, width) in pixels.
 
-    `size` is the pictures' side or (height, width) in pixels. `vit(images)` gives the class token (`pool="cls"`) or the normalised
-    mean of the patch tokens (`pool="mean"`), with `classes` a linear head's logits. Raises Problem for sizes that do not divide.
+    `vit(images)` gives the class token (`pool="cls"`) or the normalised mean of the patch tokens (`pool="mean"`), or with
+    `classes` a linear head's logits. Raises Problem when size and patch, or dim and heads, do not divide.
     """
 
     def __init__(self, size=224, patch=16, channels=3, dim=768, depth=12, heads=12, classes=0, pool="cls", drop_path=0.0,
@@ -210,7 +198,7 @@ class Decoder(nn.Module):
     def forward(self, latent, restore):
         x = self.decoder_embed(latent)                                                      # (B, 1+n, d)
         hidden = self.mask_token.expand(len(x), restore.shape[1] - x.shape[1] + 1, -1)      # (B, N−n, d)
-        patches = take(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), restore)           # (B, N, d) every token in its place
+        patches = take(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), restore)           # (B, N, d) each in its place
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed                  # (B, 1+N, d)
         for block in self.decoder_blocks:
             x = block(x)
@@ -218,32 +206,25 @@ class Decoder(nn.Module):
 
 # -------------------------------------------------------------------------------------------------------------------- data
 
-def hypot(x, y):
-    return (x * x + y * y).sqrt()
-
-def box(x, y, a, b):
-    return torch.maximum(x.abs() - a, y.abs() - b)
-
-FIFTHS = [(math.sin(0.4 * math.pi * k), math.cos(0.4 * math.pi * k)) for k in range(5)]
+box = lambda x, y, a, b: torch.maximum(x.abs() - a, y.abs() - b)
 SHAPES = {  # inside where f(x, y) < 0, in units of the object's radius, y pointing down
-    "disc": lambda x, y: hypot(x, y) - 0.82,
+    "disc": lambda x, y: torch.hypot(x, y) - 0.82,
     "square": lambda x, y: box(x, y, 0.74, 0.74),
     "triangle": lambda x, y: torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.54,
-    "star": lambda x, y: torch.stack([s * x + c * y for s, c in FIFTHS]).topk(2, dim=0).values[1] - 0.36,
+    "star": lambda x, y: torch.stack([math.sin(a) * x + math.cos(a) * y for a in (0, 1.257, 2.513, 3.770, 5.027)]
+                                     ).topk(2, dim=0).values[1] - 0.36,                     # inside four of five half-planes
     "cross": lambda x, y: torch.minimum(box(x, y, 0.3, 0.95), box(x, y, 0.95, 0.3)),
-    "ring": lambda x, y: (hypot(x, y) - 0.66).abs() - 0.21,
-    "crescent": lambda x, y: torch.maximum(hypot(x, y) - 0.95, 0.7 - hypot(x - 0.48, y)),
-    "heart": lambda x, y: torch.minimum(0.707 * (x.abs() + y.abs()) - 0.57, hypot(x.abs() - 0.4, y + 0.4) - 0.57),
+    "ring": lambda x, y: (torch.hypot(x, y) - 0.66).abs() - 0.21,
+    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.7 - torch.hypot(x - 0.48, y)),
+    "heart": lambda x, y: torch.minimum(0.707 * (x.abs() + y.abs()) - 0.57, torch.hypot(x.abs() - 0.4, y + 0.4) - 0.57),
     "arrow": lambda x, y: torch.minimum(torch.maximum(y - 0.1, 0.71 * (x.abs() - y) - 0.66), box(x, y - 0.4, 0.28, 0.5)),
     "bowtie": lambda x, y: torch.maximum(0.78 * (y.abs() - 0.8 * x.abs()) - 0.08, x.abs() - 0.88),
 }
 
 def draw_scenes(index, size=64, seed=0):
-    """Scenes number `index` (B,) → images uint8 (B, 3, H, W), labels (B,) = index mod 10, foreground masks bool (B, H, W).
-
-    One of ten shapes in any colour, texture, size, tilt (±30°) and place, over slow waves of colour and thin stray lines. A
-    scene depends on (seed, index, size) alone.
-    """
+    """Scenes number `index` (B,) → images uint8 (B, 3, H, W), labels (B,) = index mod 10, foreground masks bool (B, H, W). One
+    of ten shapes in any colour, texture, size, tilt (±30°) and place, over slow waves of colour and thin stray lines. A scene
+    depends on (seed, index, size) alone."""
     (H, W), label = pair(size), index % 10
     side = min(H, W)                                                                        # the unit of length
     numbers = np.stack([np.random.default_rng([seed, i]).random(64, np.float32) for i in index.tolist()], axis=1)
@@ -266,12 +247,12 @@ def draw_scenes(index, size=64, seed=0):
     radius, turn = rand(0.3, 0.42), rand(-0.52, 0.52)
     x, y = (axis + rand(-1, 1) * (span / side / 2 - 0.9 * radius) for axis, span in ((X, W), (Y, H)))
     cos, sin = turn.cos() / radius, turn.sin() / radius
-    x, y = x * cos + y * sin, y * cos - x * sin                                             # (B, H, W) in the object's own frame
+    x, y = x * cos + y * sin, y * cos - x * sin                                             # (B, H, W) the object's own frame
     distance = torch.empty_like(x)
     for k, shape in enumerate(SHAPES.values()):
         distance[label == k] = shape(x[label == k], y[label == k])
-    cover = distance.mul_(-side * radius).add_(0.5).clamp_(0, 1)                            # 1 inside, its border a pixel soft
-    bright, tint = ground.mean(1, keepdim=True), colour()                                   # surely lighter or darker than ground
+    cover = distance.mul_(-side * radius).add_(0.5).clamp_(0, 1)                            # 1 inside, a border one pixel soft
+    bright, tint = ground.mean(1, keepdim=True), colour()                                   # lighter or darker than the ground
     tint = 0.8 * (tint - tint.mean(1, keepdim=True)) + bright + (1 - 2 * (bright > 0.5)) * rand(0.35, 0.55)[:, None]
     image.lerp_(tint + (wave(x, y, 0.5, 2.5) * rand(0, 0.12))[:, None], cover[:, None])
     return image.clamp_(0, 1).mul_(255).round_().byte(), label, cover > 0.5
@@ -280,13 +261,15 @@ class Pictures:
     """A data set in memory: images uint8 (M, C, H, W), labels (M,) with −1 for unknown, class names, each channel's mean and std
     (0 … 255) and, where they are known, foreground masks bool (M, H, W)."""
 
+    limit = None                                                                            # only the first so many are used
+
     def __init__(self, images, labels, classes, masks=None):
         self.images, self.labels, self.classes, self.masks = images, labels, list(classes), masks
         self.channels, self.size, few = images.shape[1], tuple(images.shape[2:]), images[:10_000].float()
         self.mean, self.std = few.mean((0, 2, 3))[:, None, None], few.std((0, 2, 3))[:, None, None].clamp(min=1)
 
     def __len__(self):
-        return len(self.labels)
+        return min(len(self.labels), self.limit or len(self.labels))
 
     def normalise(self, images):
         """Pixels 0 … 255 (B, C, H, W) → float with about zero mean and unit variance, on their device."""
@@ -295,9 +278,8 @@ class Pictures:
 
     def stream(self, plan, run, size, scale=None):
         """Yields a batch for each (picture numbers (b,), seed) of the plan, on the run's device: images (b, C, h, w) normalised,
-        labels (b,), masks (b, h, w) or None. With `scale`, the smallest share of the area that a random crop takes, the seed goes
-        to torch first, so that crops and whatever the model then draws repeat; without, the pictures come whole."""
-        size = pair(size)
+        labels (b,), masks (b, h, w) or None. With `scale`, the smallest share of the area that a random crop takes, torch is
+        given the seed first, so that crops and whatever the model draws next repeat; without, the pictures come whole."""
         for name in ("images", "labels", "masks"):                                          # the whole set moves to the device
             setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to(run.device))
         for index, seed in plan:
@@ -305,8 +287,8 @@ class Pictures:
             images, masks = self.images[index], None if self.masks is None else self.masks[index]
             if scale:
                 torch.manual_seed(seed)
-                images, masks = random_crops(images, masks, size, scale)
-            elif size != self.size:
+                images, masks = random_crops(images, masks, pair(size), scale)
+            elif pair(size) != self.size:
                 images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
             yield self.normalise(images), self.labels[index], masks
 
@@ -323,7 +305,8 @@ class Files(Pictures):
         """→ uint8 (3, H, W); grey, palette, alpha and CMYK become RGB. Raises RuntimeError or OSError for a broken picture."""
         if self.source is not None:
             return v2.functional.pil_to_tensor(self.source[i][0].convert("RGB"))
-        image = torchvision.io.decode_image(torchvision.io.read_file(os.fsdecode(self.paths[i])), torchvision.io.ImageReadMode.RGB)
+        data = torchvision.io.read_file(os.fsdecode(self.paths[i]))
+        image = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
         return v2.functional.to_dtype(image, torch.uint8, scale=True)                       # from 16-bit PNG
 
     def __getitem__(self, key):
@@ -340,22 +323,22 @@ class Files(Pictures):
         return self.transform(image), self.labels[j % len(self)], seed, -1 if i == j else i
 
     def stream(self, plan, run, size, scale=None):
-        size, smooth = pair(size), dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        smooth = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         self.transform = v2.Compose(
-            [v2.RandomResizedCrop(size, (scale, 1.0), **smooth), v2.RandomHorizontalFlip()] if scale else
-            [v2.Resize(round(min(size) * 256 / 224), **smooth), v2.CenterCrop(size)])
+            [v2.RandomResizedCrop(pair(size), (scale, 1.0), **smooth), v2.RandomHorizontalFlip()] if scale else
+            [v2.Resize(round(min(pair(size)) * 256 / 224), **smooth), v2.CenterCrop(pair(size))])
         keys = ([(i, seed_of(seed, i)) for i in index.tolist()] for index, seed in plan)
         for images, labels, seeds, broken in torch.utils.data.DataLoader(
                 self, batch_sampler=keys, num_workers=run.workers, pin_memory=run.device.type == "cuda"):
             self.broken |= set(broken.tolist()) - {-1}
             if len(self.broken) > 0.01 * len(self):
-                names = "".join(f"\n  {os.fsdecode(self.paths[i])}" for i in sorted(self.broken))
-                raise Problem(f"{len(self.broken)} of {len(self)} pictures, over 1 %, could not be read:{names}")
-            torch.manual_seed(seeds[0])
+                print("could not read:", *(os.fsdecode(self.paths[i]) for i in sorted(self.broken)), sep="\n  ", file=sys.stderr)
+                raise Problem(f"{len(self.broken)} of {len(self)} pictures, over 1 %, could not be read: the list is above")
+            torch.manual_seed(seeds[0].item())
             yield self.normalise(images.to(run.device, non_blocking=True)), labels.to(run.device), None
 
-IN_MEMORY = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100",
-             "stl10": "STL10"}                                                              # torchvision's, by our names
+IN_MEMORY = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10",
+             "cifar100": "CIFAR100", "stl10": "STL10"}                                      # our names: torchvision's
 DECODED = {"imagenette": "Imagenette", "flowers102": "Flowers102", "food101": "Food101", "pets": "OxfordIIITPet"}
 SPLITS = {"stl10": ("train+unlabeled", "test"), "imagenette": ("train", "val"), "pets": ("trainval", "test")}
 
@@ -366,20 +349,17 @@ def open_data(name=None, root="data", size=64, seed=0, limit=None):
         parts = [scenes(range(20_000), size, seed), scenes(range(1 << 40, (1 << 40) + 4_000), size, seed)]
     elif name in IN_MEMORY or name in DECODED:
         parts = [torchvision_part(name, root, held_out) for held_out in (False, True)]
+    elif os.path.isdir(os.path.join(name, "train")):
+        train, val = folder(os.path.join(name, "train")), os.path.join(name, "val")
+        parts = [train, folder(val, train.classes) if os.path.isdir(val) else None]
     elif os.path.isdir(name):
-        split = os.path.isdir(os.path.join(name, "train"))
-        parts = [folder(os.path.join(name, "train") if split else name), None]
-        if split and os.path.isdir(os.path.join(name, "val")):
-            parts[1] = folder(os.path.join(name, "val"), parts[0].classes)
+        parts = [folder(name), None]
     else:
-        names = [*IN_MEMORY, *DECODED]
-        near = difflib.get_close_matches(name.lower(), names, 1)
-        raise Problem(f"--data {name} is neither a folder nor a data set's name; "
-                      + (f"did you mean {near[0]}?" if near else f"the names are {', '.join(names)}"))
-    for part in filter(None, parts if limit else ()):
-        for field in ("images", "labels", "masks", "paths"):
-            if getattr(part, field, None) is not None:
-                setattr(part, field, getattr(part, field)[:limit])
+        near = difflib.get_close_matches(name.lower(), [*IN_MEMORY, *DECODED], 1)
+        raise Problem(f"--data {name} is neither a folder nor a data set's name; " + (
+            f"did you mean {near[0]}?" if near else f"the names are {', '.join([*IN_MEMORY, *DECODED])}"))
+    for part in filter(None, parts):
+        part.limit = limit
     return parts
 
 def scenes(numbers, size=64, seed=0):
@@ -391,7 +371,7 @@ def scenes(numbers, size=64, seed=0):
 def torchvision_part(name, root, held_out):
     split = {"split": SPLITS.get(name, ("train", "test"))[held_out]} if name in {*SPLITS, *DECODED} else {"train": not held_out}
     try:
-        source = getattr(torchvision.datasets, {**IN_MEMORY, **DECODED}[name])(root, download=True, **split)
+        source = getattr(torchvision.datasets, (IN_MEMORY | DECODED)[name])(root, download=True, **split)
     except (RuntimeError, OSError) as error:
         raise Problem(f"{name} is not whole in {root}, and downloading it failed: {str(error).splitlines()[0]}")
     if name in DECODED:
@@ -432,8 +412,8 @@ def crop_weights(start, length, source, size):
     return weights / weights.sum(-1, keepdim=True)
 
 def random_crops(images, masks, size, scale):
-    """RandomResizedCrop and flip of a whole batch on its device, each picture in its own way: (B, C, H, W) → float (B, C, h, w), and
-    its mask, if any, alike. `scale` 1 keeps all of a picture. A crop is two matrix products, for its rows and its columns."""
+    """RandomResizedCrop and flip of a whole batch on its device, each picture in its own way: (B, C, H, W) → float (B, C, h, w),
+    and masks, if any, alike. `scale` 1 keeps all of a picture. A crop is two matrix products, for its rows and its columns."""
     B, _, H, W = images.shape
     area, aspect, top, left, flip = torch.rand(5, B, device=images.device)
     area, aspect = H * W * (scale + (1 - scale) * area), (4 / 3) ** (2 * aspect - 1)
@@ -441,7 +421,8 @@ def random_crops(images, masks, size, scale):
     h, w = (h, w) if scale < 1 else (torch.full_like(h, H), torch.full_like(w, W))
     rows, columns = crop_weights(top * (H - h), h, H, size[0]), crop_weights(left * (W - w), w, W, size[1])
     columns = torch.where((flip < 0.5)[:, None, None], columns.flip(1), columns).transpose(1, 2)
-    return rows[:, None] @ images.float() @ columns[:, None], None if masks is None else rows @ masks.float() @ columns > 0.5
+    masks = None if masks is None else rows @ masks.float() @ columns > 0.5
+    return rows[:, None] @ images.float() @ columns[:, None], masks
 
 def seed_of(*numbers):
     """Whole numbers → one seed, the same in every process and on every machine."""
@@ -453,7 +434,7 @@ class Batches:
 
     def __init__(self, data, run, size, scale):
         self.data, self.run, self.size, self.scale, self.batches = data, run, size, scale, None
-        self.per_epoch = max(1, len(data) // run.args.batch)                                # the last, smaller batch is left out
+        self.per_epoch = max(1, len(data) // run.args.batch)                                # a smaller last batch is left out
 
     def plan(self, first):
         """This process's micro-batches from a step on: picture numbers (b,) and a seed for each."""
@@ -470,7 +451,8 @@ class Batches:
         """Yields this process's micro-batches of a step, as `Pictures.stream` does."""
         self.batches = self.batches or self.data.stream(self.plan(step), self.run, self.size, self.scale)
         for i in range(self.run.accumulate):
-            self.run.last_micro = i + 1 == self.run.accumulate
+            for model in self.run.wrapped:                                                  # gradients are exchanged once a step
+                model.require_backward_grad_sync = i + 1 == self.run.accumulate
             yield next(self.batches)
 
 def save_sheet(path, rows):
@@ -478,25 +460,31 @@ def save_sheet(path, rows):
     strips = []
     for title, images in rows.items():
         images = F.interpolate(images.expand(-1, 3, -1, -1).float(), scale_factor=max(1, 128 // images.shape[-1])).byte().cpu()
-        strip = torchvision.utils.make_grid(F.pad(images, (4, 0, 24, 4), value=255), len(images), padding=0)      # (3, h, w)
+        strip = torch.cat([*F.pad(images, (4, 0, 24, 4), value=255)], dim=2)                # (3, h, w)
         strips.append(Image.fromarray(strip.permute(1, 2, 0).numpy()))
         ImageDraw.Draw(strips[-1]).text((4, 4), title, "black", ImageFont.load_default(15))
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)))
-    for i, strip in enumerate(strips):
-        sheet.paste(strip, (0, i * strip.height))
-    sheet.save(path)
+    sheet = np.concatenate([np.asarray(strip) for strip in strips])
+    Image.fromarray(sheet).save(path)
 
 # --------------------------------------------------------------------------------------------------------------------- run
 
 def settings(parser, presets, arguments=None):
     """Parses the command line. What it leaves open comes from the run to resume, else from the preset that --data selects."""
+    def refuse(message):
+        raise Problem(f"{message} (--help lists the options)")
+
+    parser.error = refuse
     args = parser.parse_args(arguments)
-    if args.resume and (saved := Path(args.out, "args.json")).exists():
-        old = json.loads(saved.read_text())
-        parser.set_defaults(**{name: old[name] for name in old.keys() - {"resume", "overwrite", "out"}})
+    if args.resume and os.path.exists(f"{args.out}/last.pt"):
+        old = read_checkpoint(f"{args.out}/last.pt").get("args", {})
+        parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
         args = parser.parse_args(arguments)
-    kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
-    return argparse.Namespace(**{name: presets[kind].get(name) if value is None else value for name, value in vars(args).items()})
+    preset = presets["scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"]
+    args = Namespace(**{name: preset.get(name) if value is None else value for name, value in vars(args).items()})
+    for name in ("limit", "size", "patch", "epochs", "batch", "micro_batch"):
+        if (getattr(args, name) or 1) < 1 or getattr(args, name) == 0:
+            refuse(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    return args
 
 def schedule(step, warmup, total):
     """Share of the peak learning rate at a step: up in a straight line over `warmup` steps, then down half a cosine to 0."""
@@ -505,8 +493,8 @@ def schedule(step, warmup, total):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 def adamw(model, weight_decay, betas=(0.9, 0.95)):
-    """Fused AdamW that does not decay biases, norms, tokens and positions. (MAE's released code spares what is 1-D, so it does decay
-    its tokens, which are 3-D.)"""
+    """Fused AdamW that does not decay biases, norms, tokens and positions. (MAE's released code spares what is 1-D, so it does
+    decay its tokens, which are 3-D.)"""
     groups = {True: dict(params=[], weight_decay=0.0), False: dict(params=[], weight_decay=weight_decay)}
     for name, p in model.named_parameters():
         if p.requires_grad:
@@ -514,7 +502,7 @@ def adamw(model, weight_decay, betas=(0.9, 0.95)):
     return torch.optim.AdamW(groups.values(), lr=0.0, betas=betas, fused=True)
 
 def read_checkpoint(path):
-    """→ the dictionary in a checkpoint file, on the CPU; runs no code in it. Raises Problem if there is none or it is not whole."""
+    """→ the dictionary in a checkpoint file, on the CPU; runs no code in it. Raises Problem if there is none or it is broken."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -527,67 +515,70 @@ def read_checkpoint(path):
 
 def write_whole(path, write):
     """Writes a file so that a kill or a full disk leaves the old one: beside it, flushed to the disk, then renamed."""
-    part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as file:
+        with open(f"{path}.part", "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise Problem(f"could not write {path}: {error}" + ("; the one before it is whole" if Path(path).exists() else ""))
+        if os.path.exists(f"{path}.part"):
+            os.remove(f"{path}.part")
+        raise Problem(f"could not write {path}: {error}" + ("; the one before it is whole" if os.path.exists(path) else ""))
 
 class Run:
-    """What a training loop needs around it: processes, device, precision, learning rate, log, checkpoints; the loop stays the script's.
-    Reads from `args`: out resume overwrite device precision compile batch micro_batch epochs lr warmup workers save_every.
-    Raises Problem when these do not fit together or the folder holds a run already."""
+    """What a training loop needs around it: processes, device, precision, learning rate, log, checkpoints. The loop stays the
+    script's. Reads from `args`: out resume overwrite device precision compile batch micro_batch epochs lr warmup workers
+    save_every. Raises Problem when these do not fit together, or when the folder holds a run already."""
 
     def __init__(self, args):
-        self.args, self.out, env = args, Path(args.out), lambda name, default: int(os.environ.get(name, default))
-        self.rank, self.world, local, here = env("RANK", 0), env("WORLD_SIZE", 1), env("LOCAL_RANK", 0), env("LOCAL_WORLD_SIZE", 1)
-        gpu = (args.device or "cuda") == "cuda" and (torch.cuda.is_available() or args.device == "cuda")
-        if gpu and here > torch.cuda.device_count():
-            raise Problem(f"{here} processes for {torch.cuda.device_count()} GPUs: lower --nproc_per_node or use --device cpu")
-        self.device = torch.device("cuda", local) if gpu else torch.device(args.device or "cpu")
-        if gpu:
+        env = lambda name, default: int(os.environ.get(name, default))                      # torchrun's
+        self.args, self.out, self.rank, self.world = args, args.out, env("RANK", 0), env("WORLD_SIZE", 1)
+        local, here, gpus = env("LOCAL_RANK", 0), env("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+        kind = args.device or ("cuda" if gpus else "cpu")
+        if kind == "cuda" and here > gpus:
+            raise Problem(f"{here} process(es) for {gpus} GPU(s): lower --nproc_per_node, or use --device cpu")
+        self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-        best = "fp32" if not gpu else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        self.precision = args.precision or best
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.workers = min(16, (os.cpu_count() or 1) // here) if args.workers is None else args.workers
+            torch.set_float32_matmul_precision("high")                                      # TF32 where it is fp32
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        best = "fp32" if kind != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        self.precision, self.workers = args.precision or best, args.workers
+        self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
+        if self.workers is None:
+            self.workers = min(16, (os.cpu_count() or 1) // here)
         share = args.batch // self.world
         self.micro = args.micro_batch or max(m for m in range(1, max(1, min(share, 256)) + 1) if share % m == 0)
         self.accumulate = share // self.micro
         if self.accumulate * self.micro * self.world != args.batch:
-            raise Problem(f"--batch {args.batch}, for all processes together, does not divide into {self.world} process"
-                          f"{'es' * (self.world > 1)} × --micro-batch {self.micro}")
-        self.step, self.seconds, self.stop, self.last_micro, self.sums, self.kept, self.wrapped = 0, 0.0, 0, True, {}, {}, []
+            raise Problem(f"--batch {args.batch}, for all processes together, does not divide into {self.world} process(es) of "
+                          f"--micro-batch {self.micro}")
+        self.step, self.seconds, self.stop, self.sums, self.kept, self.wrapped = 0, 0.0, 0, {}, {}, []
         if self.rank == 0:
             self.claim()
 
     def claim(self):
-        there = [self.out / name for name in ("last.pt", "log.jsonl", "args.json") if (self.out / name).exists()]
-        if self.args.resume and not (self.out / "last.pt").exists():
+        there = [name for name in ("last.pt", "log.jsonl", "args.json") if os.path.exists(f"{self.out}/{name}")]
+        if self.args.resume and "last.pt" not in there:
             raise Problem(f"nothing to resume: there is no {self.out}/last.pt")
         if there and not (self.args.resume or self.args.overwrite):
             raise Problem(f"{self.out} holds a run: go on with --resume, start again with --overwrite, or name another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        for path in () if self.args.resume else there:
-            path.unlink()
-        write_whole(self.out / "args.json", lambda file: file.write(json.dumps(vars(self.args), indent=1).encode()))
+        os.makedirs(self.out, exist_ok=True)
+        for name in () if self.args.resume else there:
+            os.remove(f"{self.out}/{name}")
+        write_whole(f"{self.out}/args.json", lambda file: file.write(json.dumps(vars(self.args), indent=1).encode()))
 
     def say(self, text, **how):
+        """Prints, from process 0 alone."""
         if self.rank == 0:
             print(text, flush=True, **how)
 
     def write(self, **record):
-        """Appends one JSON object to log.jsonl."""
+        """Appends one JSON object to log.jsonl, from process 0 alone."""
         if self.rank == 0:
-            with open(self.out / "log.jsonl", "a") as file:
+            with open(f"{self.out}/log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def autocast(self):
@@ -608,27 +599,28 @@ class Run:
         """Names what a checkpoint holds: models and optimizers. With --resume they are read back here."""
         self.kept = things | ({"scaler": self.scaler} if self.scaler.is_enabled() else {})
         if self.args.resume:
-            saved = read_checkpoint(self.out / "last.pt")
+            saved = read_checkpoint(f"{self.out}/last.pt")
             try:
                 for name, thing in self.kept.items():
                     thing.load_state_dict(saved[name])
                 self.step, self.seconds, sums = saved["step"], saved["seconds"], saved["sums"]
-            except (KeyError, ValueError, RuntimeError) as error:
-                raise Problem(f"{self.out}/last.pt does not fit: {' '.join(str(error).split())[:200]}; resume with the run's own options")
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise Problem(f"{self.out}/last.pt does not fit this model: {' '.join(str(error).split())[:180]}")
             self.sums = {name: value.to(self.device) for name, value in sums.items()}
 
     def steps(self, per_epoch):
-        """Yields the steps still to do. Between them: the log, the progress line, checkpoints; SIGTERM and Ctrl-C save, then stop."""
+        """Yields the steps still to do. Between them: log, progress line, checkpoints. SIGTERM and Ctrl-C save, then stop."""
         self.per_epoch, self.total, self.start = per_epoch, self.args.epochs * per_epoch, time.time()
         self.mark, self.look, self.due = (self.start, self.step), self.step, self.start + self.args.save_every
-        if self.rank == 0 and (log := self.out / "log.jsonl").exists():                     # a killed run may have logged further
-            lines = [line for line in log.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.step]
-            write_whole(log, lambda file: file.write("".join(line + "\n" for line in lines).encode()))
+        if self.rank == 0 and os.path.exists(log := f"{self.out}/log.jsonl"):               # a killed run may have logged further
+            lines = [line for line in open(log) if line.endswith("}\n") and json.loads(line)["step"] <= self.step]
+            write_whole(log, lambda file: file.write("".join(lines).encode()))
 
         def asked(number, frame):
             if self.stop:
                 raise KeyboardInterrupt                                                     # twice: at once
             self.stop = number
+
         before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             while self.step < self.total:
@@ -642,12 +634,12 @@ class Run:
     def after_step(self):
         if self.scaler.is_enabled():
             self.scaler.update()
-        ends, steps, now = self.step % self.per_epoch == 0, (self.step - 1) % self.per_epoch + 1, time.time()
+        ends, done, now = self.step % self.per_epoch == 0, (self.step - 1) % self.per_epoch + 1, time.time()
         if not ends and self.step < self.look:
             return
-        # About once a second, and at an epoch's end, the processes put together what they know, so that all of them decide alike.
+        # About once a second and at an epoch's end the processes put together what they know, so that all decide alike.
         pace = (now - self.mark[0]) / (self.step - self.mark[1])                            # seconds a step
-        facts = torch.tensor([self.sums["loss"].item() / steps, pace, self.stop, now > self.due])
+        facts = torch.tensor([self.sums["loss"].item() / done, pace, self.stop, now > self.due])
         if self.world > 1:
             dist.all_reduce(facts)
         loss, pace, stop, due = (facts / self.world).tolist()
@@ -655,26 +647,26 @@ class Run:
         if not math.isfinite(loss):
             raise Problem(f"the loss is {loss} at step {self.step}: try a lower --lr, a longer --warmup or --precision fp32; "
                           f"{self.out}/last.pt, if there is one, is from before")
-        left, speed = (self.total - self.step) * pace, self.args.batch / pace
-        if ends or sys.stdout.isatty():
-            self.say(f"\repoch {self.step / self.per_epoch:.{0 if ends else 1}f}/{self.args.epochs}  step {self.step}/{self.total}  "
-                     f"loss {loss:.4f}  lr {self.lr:.1e}  {speed:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left  ",
-                     end="\n" if ends else "")
+        speed, left, shown = self.args.batch / pace, round((self.total - self.step) * pace), sys.stdout.isatty()
+        if ends or shown:
+            self.say(f"{chr(13) * shown}epoch {self.step / self.per_epoch:.{0 if ends else 1}f}/{self.args.epochs}  "
+                     f"step {self.step}/{self.total}  loss {loss:.4f}  lr {self.lr:.1e}  {speed:.0f} images/s  "
+                     f"{left // 60}:{left % 60:02} left{'  ' * shown}", end="\n" if ends else "")
         if ends:
             for value in self.sums.values() if self.world > 1 else ():
                 dist.all_reduce(value.div_(self.world))
-            means = {name: (value / steps).tolist() for name, value in self.sums.items()}
-            self.write(step=self.step, epoch=self.step // self.per_epoch, **means, lr=self.lr, images_per_s=round(speed, 1),
-                       seconds=round(self.seconds + now - self.start, 1))
+            self.write(step=self.step, epoch=self.step // self.per_epoch,
+                       **{name: (value / done).tolist() for name, value in self.sums.items()},
+                       lr=self.lr, images_per_s=round(speed, 1), seconds=round(self.seconds + now - self.start, 1))
             self.sums, self.mark = {}, (now, self.step)
         if stop or due or self.step == self.total:
             self.save()
         if stop:
-            self.say(f"\nstopped and saved at step {self.step} of {self.total}: --resume goes on")
+            self.say(f"\nstopped and saved at step {self.step} of {self.total}; --resume goes on")
             raise SystemExit(128 + (self.stop or signal.SIGTERM))
 
     def backward(self, loss):
-        """Adds a micro-batch's gradients to the step's mean; under DDP the last one puts the processes' gradients together."""
+        """Adds a micro-batch's share to the gradients: over a step they become the mean over the global batch."""
         self.scaler.scale(loss / self.accumulate).backward()
 
     def log(self, **values):
@@ -691,31 +683,30 @@ class Run:
         optimizer.zero_grad()
 
     def save(self):
-        """Process 0 writes last.pt, unless the weights are no longer finite. At most 2 % of the time goes into saving."""
-        if self.rank:
-            return
+        """Process 0 writes last.pt, unless weights are no longer finite. At most 2 % of the time goes into saving."""
         start, models = time.time(), [thing for thing in self.kept.values() if isinstance(thing, nn.Module)]
         if not all(p.isfinite().all() for model in models for p in model.parameters()):
-            raise Problem(f"weights stopped being finite by step {self.step}: try a lower --lr; {self.out}/last.pt is from before")
+            raise Problem(f"weights are not finite at step {self.step}: try a lower --lr; {self.out}/last.pt is from before")
         state = {name: thing.state_dict() for name, thing in self.kept.items()}
         state |= dict(step=self.step, seconds=self.seconds + start - self.start, sums=self.sums, args=vars(self.args))
-        write_whole(self.out / "last.pt", lambda file: torch.save(state, file))
+        if self.rank == 0:
+            write_whole(f"{self.out}/last.pt", lambda file: torch.save(state, file))
         self.due = time.time() + max(self.args.save_every, 50 * (time.time() - start))
 
 def entry(main):
-    """Runs a script's main. A Problem, Ctrl-C, a full disk or GPU end it with one line on stderr and an exit code, no traceback."""
+    """Runs a script's main. A Problem, Ctrl-C, a full disk or GPU end it with one line on stderr and an exit code."""
     code, message = 2, None
     try:
         main()
         code = 0
     except (Problem, OSError) as error:
-        message = str(error)
+        message = error
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: lower --micro-batch (the result stays the same)"
+        message = "the GPU's memory is full: lower --micro-batch, which leaves the result as it is"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     if message and os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     if dist.is_initialized() and not code:
         dist.destroy_process_group()
     sys.exit(code)

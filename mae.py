@@ -1,33 +1,30 @@
-"""Masked Autoencoders Are Scalable Vision Learners (He, Chen, Xie, Li, Dollár, Girshick 2021, arXiv 2111.06377).
+"""Masked Autoencoders Are Scalable Vision Learners (He, Chen, Xie, Li, Dollár, Girshick; arXiv 2111.06377).
 
-Cut a picture into patches and hide three quarters of them. A transformer, the encoder, sees only what is left; a light decoder gets the
-encoder's output, one learned token in place of every hidden patch, and paints the hidden pixels. So much is hidden that copying from the
-neighbours does not help: to fill the holes the encoder must know what kind of thing it is looking at. That knowledge is the product;
-the decoder is thrown away. As the encoder never sees the hidden places, it computes on a quarter of the tokens.
+Cut a picture into patches and hide three quarters of them. The encoder, a transformer, sees only what is left; a light
+decoder gets the encoder's output, with one learned token in place of every hidden patch, and paints the hidden pixels. So
+much is hidden that copying from the neighbours is no help: to fill the holes the encoder has to know what it is looking at.
+That knowledge is the product, and the decoder is thrown away. Hiding is also cheap: the encoder, the heavy part, computes on
+a quarter of the tokens.
 
-    images ──► patches ──► visible quarter ──► ENCODER ──► latent ─┐
-    (B,C,H,W)  (B,N,D)     (B,n,D)             (heavy)   (B,1+n,D) ├─► all N in place ──► DECODER ──► pixels ──► loss on
-                       └─► hidden rest ──► one mask token each ────┘    (B,1+N,d)         (light)   (B,N,P·P·C)  the hidden
+    images ─► patches ─┬─► visible quarter ─► ENCODER ─► latent ─┬─► all in place ─► DECODER ─► pixels ─► loss, on
+    (B,C,H,W) (B,N,D)  │   (B,n,D)            heavy   (B,1+n,D)  │   (B,1+N,d)       light   (B,N,P·P·C)  hidden
+                       └─► hidden rest ─► a mask token for each ─┘                                         patches
 
-    python mae.py                                           three minutes on two CPU cores, pictures drawn by this project
-    python mae.py --data fashion-mnist --epochs 3           a small torchvision set
-    torchrun --nproc_per_node=8 mae.py --data /imagenet     the paper's recipe, ViT-B/16 (--model large, --model huge)
-    torchrun --nnodes=8 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 mae.py --data /imagenet
+    python mae.py                                           on two CPU cores, under three minutes, nothing to download
+    python mae.py --data fashion-mnist --epochs 3           a small torchvision data set
+    torchrun --nproc_per_node=8 mae.py --data /imagenet     the paper's recipe, ViT-B/16; also --model large, --model huge
 
-Measured: RESULT
+Measured, first command: RESULT
 """
 
 import argparse
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (
-    VITS, Batches, Decoder, Problem, Run, ViT, adamw, entry, keep_lowest, open_data, patchify, pixel_loss, save_sheet, settings, take,
-    unpatchify,
-)
+from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, entry, keep_lowest, open_data, patchify, pixel_loss,
+                    save_sheet, settings, take, unpatchify)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 # Each kind of mask is a score for every patch; the n lowest scores of a picture stay visible. So all kinds hide exactly as many.
@@ -74,17 +71,17 @@ class MAE(nn.Module):
         """
         scores = self.scores(len(images), self.encoder.grid, images.device) if noise is None else noise
         keep, restore, mask = keep_lowest(scores, int(scores.shape[1] * (1 - mask_ratio)))  # (B, n), (B, N), (B, N)
-        tokens = self.encoder.embed(images)                                                 # (B, N, D) every patch, with its position
+        tokens = self.encoder.embed(images)                                                 # (B, N, D) patches with positions
         latent = self.encoder.encode(take(tokens, keep))                                    # (B, 1+n, D) only what is visible
         prediction = self.decoder(latent, restore)                                          # (B, N, P·P·C) every place
         return pixel_loss(images, prediction, mask, self.encoder.patch, self.norm_pixels), prediction, mask
 
     @torch.no_grad()
     def paint(self, images, mask_ratio=0.75, noise=None):
-        """images (B, C, H, W) → them with hidden patches grey, and with hidden patches painted by the model, both (B, C, H, W).
+        """images (B, C, H, W) → the same with hidden patches left out (0), and with hidden patches painted by the model.
 
-        With norm_pixels the model predicts patches without their mean and contrast. Those are taken from the true patches here, so the
-        picture tells less than it seems to: its caption should say so.
+        With norm_pixels the model never learns a patch's mean and contrast. Here they come from the true patch, which gives part
+        of the answer away: a caption has to say so.
         """
         _, prediction, mask = self(images, mask_ratio, noise)
         patches, mask = patchify(images, self.encoder.patch), mask[..., None]               # (B, N, P·P·C), (B, N, 1)
@@ -106,8 +103,9 @@ def pretrain(args):
     encoder, decoder = build(args, train.channels)
     optimizer = adamw(model := MAE(encoder, decoder, args.norm_pixels, args.masking), args.weight_decay)
     wrapped = run.wrap(model)
-    run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)                         # with --resume, read from last.pt
-    run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(train)} pictures of {args.size}×{args.size}, {run}")
+    run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)                         # in last.pt
+    run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(train)} pictures of {args.size}×{args.size}; "
+            f"{run.world} × {run.device.type}, {run.precision}, a batch is {run.world} × {run.accumulate} × {run.micro}")
 
     batches = Batches(train, run, args.size, args.crop)
     for step in run.steps(batches.per_epoch):
@@ -130,7 +128,7 @@ def draw(model, data, run, args, count=10):
     masked, painted = model.eval().paint(images, args.mask_ratio)
     pixels = lambda x: (x * data.std + data.mean).clamp(0, 255).byte()
     title = "reconstruction, each hidden patch with its true mean and contrast" if args.norm_pixels else "reconstruction"
-    save_sheet(run.out / "reconstruction.png", {
+    save_sheet(f"{run.out}/reconstruction.png", {
         "original": pixels(images), f"{1 - args.mask_ratio:.0%} visible": pixels(masked), title: pixels(painted)})
     run.say(f"pictures: {run.out}/reconstruction.png")
 
@@ -146,14 +144,14 @@ def features(encoder, data, run, size, count):
     return [torch.cat(parts) for parts in zip(*found)]
 
 def knn(bank, labels, queries, classes, k=20, temperature=0.07):
-    """Features (M, D) with labels (M,), and queries (Q, D) → predicted classes (Q,): a vote of the k nearest by cosine similarity,
-    each with weight exp(similarity / temperature). Our choice: the paper does not use k-NN."""
+    """Features (M, D) with labels (M,) and queries (Q, D) → predicted classes (Q,): a vote of the k nearest by cosine, each with
+    weight exp(cosine / temperature). Our choice: the paper does not use k-NN."""
     similarity, nearest = (F.normalize(queries) @ F.normalize(bank).T).topk(min(k, len(bank)))      # (Q, k)
     votes = torch.zeros(len(queries), classes, device=bank.device)
     return votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp()).argmax(1)
 
 def linear(bank, labels, queries, classes, ridge=10.0):
-    """As `knn`, by the linear map closest to the one-hot labels in least squares: a quick probe in closed form. Our choice too."""
+    """As `knn`, by the linear map closest to the one-hot labels in least squares: a quick probe in closed form, our choice."""
     x, q = (F.pad((part - bank.mean(0)) / (bank.std(0) + 1e-6), (0, 1), value=1.0).double() for part in (bank, queries))
     weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).to(x), x.T @ F.one_hot(labels, classes).double())
     return (q @ weights).argmax(1)
@@ -185,12 +183,12 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is the 
 }
 
 def options():
-    parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. What is not given comes from a preset: "
-                                     "scenes (no --data), small (a small torchvision set) or imagenet (the paper's values).")
+    parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. Options left out come from a preset: "
+                                     "scenes (no --data), small (a small torchvision set) or imagenet. In brackets: the paper's.")
     switch = argparse.BooleanOptionalAction
 
     data = parser.add_argument_group("data").add_argument
-    data("--data", help="a torchvision name (fashion-mnist, cifar10, stl10, imagenette …) or a folder; default: scenes, drawn here")
+    data("--data", help="a torchvision name (fashion-mnist, cifar10, stl10, imagenette …) or a folder; left out: scenes")
     data("--root", default="data", help="folder that torchvision downloads to (data)")
     data("--limit", type=int, help="only the first so many pictures, for a quick try")
     data("--size", type=int, help="side of the pictures in pixels (224)")
