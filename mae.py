@@ -99,13 +99,13 @@ def build(args, channels):
 
 def pretrain(args):
     run = Run(args)
-    train, val = open_data(args.data, args.root, args.size, args.seed, args.limit)
+    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
     encoder, decoder = build(args, train.channels)
     optimizer = adamw(model := MAE(encoder, decoder, args.norm_pixels, args.masking), args.weight_decay)
     wrapped = run.wrap(model)
     run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)                         # in last.pt
-    run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(train)} pictures of {args.size}×{args.size}; "
-            f"{run.world} × {run.device.type}, {run.precision}, a batch is {run.world} × {run.accumulate} × {run.micro}")
+    run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(train)} pictures of {args.size} pixels "
+            f"a side, on {run.world} × {run.device.type} in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
 
     batches = Batches(train, run, args.size, args.crop)
     for step in run.steps(batches.per_epoch):
@@ -156,7 +156,7 @@ def linear(bank, labels, queries, classes, ridge=10.0):
     weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).to(x), x.T @ F.one_hot(labels, classes).double())
     return (q @ weights).argmax(1)
 
-def report(encoder, train, val, run, args, count=10_000):
+def report(encoder, train, val, run, args, count=6_000):
     """Says and logs how well frozen features tell the classes apart, beside those of the encoder as it was before training."""
     if val is None or not train.classes or len(set(train.labels.tolist()) - {-1}) < 2:
         return run.say("accuracy: not measured, it needs a train/ and a val/ folder with labelled pictures")
@@ -183,8 +183,8 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is the 
 }
 
 def options():
-    parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. Options left out come from a preset: "
-                                     "scenes (no --data), small (a small torchvision set) or imagenet. In brackets: the paper's.")
+    parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. Options left out come from a preset: scenes "
+                                     "(no --data), small (a small torchvision set) or imagenet. In brackets: the paper's.")
     switch = argparse.BooleanOptionalAction
 
     data = parser.add_argument_group("data").add_argument
@@ -230,8 +230,9 @@ def main(arguments=None):
     args.vit = dict(VITS[args.model])
     args.patch = args.patch or next((p for p in (4, 8) if args.size // p <= 12), args.vit["patch"])
     del args.vit["patch"]
-    visible = int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))
-    if not 0 < args.mask_ratio < 1 or not visible:
+    if args.patch > args.size:
+        raise Problem(f"--patch {args.patch} is larger than the pictures, {args.size} pixels")
+    if not (0 < args.mask_ratio < 1 and int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))):
         raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible")
     pretrain(args)
 

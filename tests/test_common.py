@@ -1,0 +1,983 @@
+"""common.py against slow formulas written here, torch, timm and transformers."""
+
+import argparse
+import errno
+import math
+import os
+import pickle
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, features
+from torch import nn
+
+from common import (
+    Attention, Batches, Block, Decoder, Pictures, Problem, ViT, adamw, crop_weights, draw_scenes, folder, keep_lowest,
+    Scenes, open_data, patchify, pixel_loss, random_crops, read_checkpoint, save_sheet, schedule, seed_of, settings,
+    sincos_positions, take, unpatchify, write_whole,
+)
+
+CPU = types.SimpleNamespace(device=torch.device("cpu"), workers=0)      # as much of a Run as data needs
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+def shake(module):
+    """Random weights everywhere, norms and biases too: what starts as 0 or 1 hides mistakes."""
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    return module
+
+# ----------------------------------------------------------------------------------------------------------------- patches
+
+SHAPES = [(1, 8, 8, 1), (3, 12, 20, 4), (5, 9, 3, 3), (3, 7, 14, 7), (2, 5, 6, 1)]
+
+@pytest.mark.parametrize("channels, height, width, patch", SHAPES)
+def test_unpatchify_undoes_patchify(channels, height, width, patch):
+    images = torch.randn(2, channels, height, width)
+    patches = patchify(images, patch)
+    assert patches.shape == (2, height * width // patch**2, patch * patch * channels)
+    assert torch.equal(unpatchify(patches, patch, (height, width)), images)
+
+@pytest.mark.parametrize("channels, height, width, patch", SHAPES)
+def test_patches_go_row_by_row_and_inside_them_row_column_channel(channels, height, width, patch):
+    images = torch.randn(2, channels, height, width)
+    slow = [[[images[b, c, top + y, left + x].item() for y in range(patch) for x in range(patch) for c in range(channels)]
+             for top in range(0, height, patch) for left in range(0, width, patch)] for b in range(2)]
+    assert torch.equal(patchify(images, patch), torch.tensor(slow))
+
+def test_unpatchify_takes_one_number_for_a_square():
+    images = torch.randn(1, 3, 8, 8)
+    assert torch.equal(unpatchify(patchify(images, 4), 4, 8), images)
+
+@pytest.mark.parametrize("size", [(10, 8), (8, 10)])
+def test_sizes_that_do_not_divide_are_refused(size):
+    with pytest.raises(Problem, match="does not divide"):
+        patchify(torch.zeros(1, 3, *size), 4)
+    with pytest.raises(Problem, match="does not divide"):
+        unpatchify(torch.zeros(1, 4, 48), 4, size)
+    with pytest.raises(Problem, match="does not divide"):
+        ViT(size, 4, dim=16, depth=1, heads=2)
+
+@pytest.mark.parametrize("dim, rows, columns", [(8, 3, 3), (16, 2, 5), (20, 7, 1), (4, 1, 4)])
+def test_positions_follow_the_formula_element_by_element(dim, rows, columns):
+    quarter, slow = dim // 4, []
+    for row in range(rows):
+        for column in range(columns):
+            angles = [[place / 10000 ** (k / quarter) for k in range(quarter)] for place in (column, row)]
+            slow.append([wave(angle) for half in angles for wave in (math.sin, math.cos) for angle in half])
+    torch.testing.assert_close(sincos_positions(dim, (rows, columns)), torch.tensor(slow), atol=1e-6, rtol=0)
+
+def test_positions_need_a_width_that_divides_by_four():
+    with pytest.raises(Problem, match="divides by 4"):
+        sincos_positions(18, (2, 2))
+
+def test_take_picks_each_pictures_own_tokens():
+    tokens, index = torch.randn(3, 6, 4), torch.tensor([[5, 0], [1, 1], [2, 4]])
+    slow = torch.stack([torch.stack([tokens[b, i] for i in row]) for b, row in enumerate(index.tolist())])
+    assert torch.equal(take(tokens, index), slow)
+
+@pytest.mark.parametrize("n", [1, 3, 7, 11])
+def test_keep_lowest_keeps_exactly_the_lowest_and_restore_brings_all_back(n):
+    scores, tokens = torch.rand(5, 12), torch.randn(5, 12, 3)
+    keep, restore, mask = keep_lowest(scores, n)
+    assert keep.shape == (5, n) and mask.dtype == torch.float32
+    for b in range(5):
+        assert set(keep[b].tolist()) == set(np.argsort(scores[b].numpy())[:n].tolist())
+        hidden = [i for i in scores[b].argsort().tolist() if i not in keep[b].tolist()]
+        assert mask[b].tolist() == [0.0 if i in keep[b].tolist() else 1.0 for i in range(12)]
+        order = torch.tensor(keep[b].tolist() + hidden)
+        assert torch.equal(take(tokens[b:b + 1, order], restore[b:b + 1])[0], tokens[b])
+
+def test_keep_lowest_keeps_the_exact_count_when_scores_are_equal():
+    keep, _, mask = keep_lowest(torch.zeros(4, 16), 5)
+    assert all(len(set(row)) == 5 for row in keep.tolist()) and mask.sum(1).tolist() == [11.0] * 4
+
+@pytest.mark.parametrize("norm_pixels", [False, True])
+def test_pixel_loss_equals_a_loop_over_hidden_patches(norm_pixels):
+    images, prediction = torch.rand(2, 3, 8, 12), torch.randn(2, 6, 48)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 1], [0, 1, 0, 1, 1, 1]]).float()
+    errors = []
+    for b, n in mask.nonzero().tolist():
+        row, column = divmod(n, 3)
+        target = images[b, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4].permute(1, 2, 0).double().numpy().ravel()
+        if norm_pixels:
+            target = (target - target.mean()) / np.sqrt(target.var(ddof=1) + 1e-6)
+        errors.append(np.mean((prediction[b, n].double().numpy() - target) ** 2))
+    assert pixel_loss(images, prediction, mask, 4, norm_pixels).item() == pytest.approx(np.mean(errors), rel=1e-5)
+
+def test_pixel_loss_ignores_visible_patches():
+    images, prediction, mask = torch.rand(1, 3, 8, 8), torch.randn(1, 4, 48), torch.tensor([[0.0, 1, 1, 0]])
+    before = pixel_loss(images, prediction, mask, 4, True)
+    prediction[0, [0, 3]] += 100
+    assert pixel_loss(images, prediction, mask, 4, True) == before
+    prediction[0, 1] += 100
+    assert pixel_loss(images, prediction, mask, 4, True) > before
+
+# ------------------------------------------------------------------------------------------------------------- transformer
+
+def slow_attention(attention, x):
+    """The textbook's, head by head, in numpy → output (T, D), weights (H, T, T)."""
+    qkv, D, H = attention.qkv(x).detach().numpy(), x.shape[1], attention.heads
+    outputs, maps = [], []
+    for h in range(H):
+        q, k, v = (qkv[:, part * D + h * D // H:part * D + (h + 1) * D // H] for part in range(3))
+        logits = np.exp(q @ k.T / math.sqrt(D // H))
+        maps.append(logits / logits.sum(1, keepdims=True))
+        outputs.append(maps[-1] @ v)
+    return attention.proj(torch.from_numpy(np.concatenate(outputs, 1))), torch.from_numpy(np.stack(maps))
+
+def test_attention_equals_the_textbooks_and_its_weights_sum_to_one():
+    attention, x = shake(Attention(24, 3)).double(), torch.randn(2, 7, 24, dtype=torch.float64)
+    for b in range(2):
+        output, weights = slow_attention(attention, x[b])
+        torch.testing.assert_close(attention(x)[b], output)
+        torch.testing.assert_close(attention.weights(x)[b], weights)
+    torch.testing.assert_close(attention.weights(x).sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
+
+def test_attention_refuses_heads_that_do_not_divide():
+    with pytest.raises(Problem, match="heads"):
+        Attention(16, 3)
+
+def test_drop_path_is_off_in_evaluation():
+    block, x = shake(Block(16, 2, drop_path=0.9)).eval(), torch.randn(8, 5, 16)
+    plain = Block(16, 2)
+    plain.load_state_dict(block.state_dict())
+    assert torch.equal(block(x), plain.eval()(x))
+
+def test_drop_path_drops_whole_pictures_and_scales_up_what_stays():
+    block, x = shake(Block(16, 2, drop_path=0.5)), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        attended, mixed = x + 2 * block.attn(block.norm1(x)), lambda y: y + 2 * block.mlp(block.norm2(y))
+        wanted = torch.cat([x, attended, mixed(x), mixed(attended)])    # neither branch, one, the other, both
+        found = block.train()(x.expand(1000, -1, -1))
+    distance = (found[:, None] - wanted).abs().amax((2, 3))
+    assert (distance.amin(1) < 1e-5).all()
+    counts = distance.argmin(1).bincount(minlength=4)
+    assert ((counts - 250).abs() < 70).all()                            # 5 standard deviations of a binomial, 13.7
+
+def test_drop_path_keeps_the_expectation():
+    block, x = shake(Block(16, 2, drop_path=0.3)), torch.randn(1, 5, 16)
+    nn.init.zeros_(block.mlp.fc2.weight), nn.init.zeros_(block.mlp.fc2.bias)    # one branch: the other is not linear
+    with torch.no_grad():
+        change = block.train()(x.expand(4000, -1, -1)).mean(0) - x[0]
+        expected = block.eval()(x)[0] - x[0]
+    share = (change / expected).flatten()
+    assert share.std() < 1e-3 and abs(share.mean() - 1) < 5 * math.sqrt(0.3 / 0.7 / 4000)
+
+def test_deeper_blocks_are_dropped_more_and_the_first_never():
+    timm = pytest.importorskip("timm")
+    theirs = timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.3)
+    x, ours = torch.randn(1, 3, 16).expand(3000, -1, -1), ViT(8, 4, dim=16, depth=4, heads=2, drop_path=0.3)
+    for block, other in zip(shake(ours).train().blocks, theirs.blocks):
+        kept = (block(x) == x).flatten(1).all(1).float().mean().item()  # both branches dropped
+        rate = getattr(other.drop_path1, "drop_prob", 0.0)
+        assert kept == pytest.approx(rate**2, abs=5 * math.sqrt(rate**2 / 3000))
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_vit_equals_timms_and_each_loads_the_others_weights(pool):
+    timm = pytest.importorskip("timm")
+    options = dict(global_pool="avg", fc_norm=True) if pool == "mean" else {}
+    theirs = shake(timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4,
+                                     num_classes=10, **options)).eval()
+    ours = shake(ViT(32, 8, dim=64, depth=2, heads=4, classes=10, pool=pool)).eval()
+    images, sizes = torch.randn(3, 3, 32, 32), lambda model: {name: x.shape for name, x in model.state_dict().items()}
+    assert sizes(ours) == sizes(theirs)
+    with torch.no_grad():
+        assert not torch.allclose(ours(images), theirs(images), atol=0.1)
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+        theirs = shake(theirs)
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+
+def transformers_mae(norm_pixels):
+    """→ their model and ours with the same weights, 24×24 pictures in patches of 4."""
+    from mae import MAE
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=24, patch_size=4,
+        decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=64,
+        layer_norm_eps=1e-6, mask_ratio=0.75, norm_pix_loss=norm_pixels))
+    encoder = ViT(24, 4, dim=32, depth=2, heads=4)
+    ours = shake(MAE(encoder, Decoder(encoder, dim=16, depth=2, heads=2), norm_pixels))
+    weights = {}
+    for name, value in ours.state_dict().items():
+        if "attn.qkv" in name:
+            for letter, part in zip("qkv", value.chunk(3)):
+                weights[theirs_name(name.replace("attn.qkv", f"attn.{letter}"))] = part
+        else:
+            weights[theirs_name(name)] = value
+    theirs.load_state_dict(weights, strict=True)
+    return theirs, ours
+
+def theirs_name(name):
+    swaps = {"encoder.blocks.": "vit.layers.", "encoder.norm.": "vit.layernorm.", "encoder.patch_embed.proj.":
+             "vit.embeddings.patch_embeddings.projection.", "encoder.cls_token": "vit.embeddings.cls_token",
+             "encoder.pos_embed": "vit.embeddings.position_embeddings", "decoder.decoder_blocks.": "decoder.decoder_layers.",
+             ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.", ".attn.proj.": ".attention.o_proj.",
+             ".attn.q.": ".attention.q_proj.", ".attn.k.": ".attention.k_proj.", ".attn.v.": ".attention.v_proj."}
+    for ours, theirs in swaps.items():
+        name = name.replace(ours, theirs)
+    return name
+
+@pytest.mark.parametrize("norm_pixels", [False, True])
+def test_encoder_and_decoder_equal_transformers_mae_in_loss_prediction_mask_and_gradients(norm_pixels):
+    theirs, ours = transformers_mae(norm_pixels)
+    images, noise = torch.randn(3, 3, 24, 24), torch.rand(3, 36)
+    wanted = theirs.train()(images, noise=noise)
+    loss, prediction, mask = ours.train()(images, noise=noise)
+    assert torch.equal(mask, wanted.mask)
+    torch.testing.assert_close(loss, wanted.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(prediction, wanted.logits, rtol=1e-5, atol=1e-5)
+    wanted.loss.backward(), loss.backward()
+    pairs = [(ours.encoder.cls_token, theirs.vit.embeddings.cls_token), (ours.decoder.mask_token, theirs.decoder.mask_token),
+             (ours.encoder.patch_embed["proj"].weight, theirs.vit.embeddings.patch_embeddings.projection.weight),
+             (ours.encoder.blocks[0].mlp.fc1.weight, theirs.vit.layers[0].mlp.fc1.weight),
+             (ours.decoder.decoder_pred.bias, theirs.decoder.decoder_pred.bias)]
+    for mine, other in pairs:
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+    attention = theirs.vit.layers[1].attention
+    qkv = torch.cat([part.weight.grad for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
+    torch.testing.assert_close(ours.encoder.blocks[1].attn.qkv.weight.grad, qkv, rtol=1e-4, atol=1e-6)
+    assert ours.encoder.pos_embed.grad is None and ours.decoder.decoder_pos_embed.grad is None
+
+@pytest.mark.parametrize("side", [8, 24])
+def test_square_positions_are_those_of_transformers_mae(side):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.ViTMAEModel(transformers.ViTMAEConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                                               intermediate_size=8, image_size=side, patch_size=4))
+    model.embeddings.patch_embeddings.projection._is_hf_initialized = False      # else version 5 leaves the table at zero
+    model.embeddings.initialize_weights()
+    table = model.embeddings.position_embeddings[0]
+    assert table.abs().max() > 0.5
+    torch.testing.assert_close(sincos_positions(32, (side // 4, side // 4)), table[1:].detach(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ViT(side, 4, dim=32, depth=1, heads=2).pos_embed[0], table, rtol=0, atol=1e-6)
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_pictures_may_be_oblong_and_have_any_number_of_channels(channels):
+    vit = shake(ViT((12, 20), 4, channels, dim=16, depth=2, heads=2)).eval()
+    images = torch.randn(2, channels, 12, 20)
+    weight = vit.patch_embed["proj"].weight.permute(0, 2, 3, 1).flatten(1)      # in patchify's order
+    tokens = patchify(images, 4) @ weight.T + vit.patch_embed["proj"].bias + sincos_positions(16, (3, 5))
+    torch.testing.assert_close(vit.embed(images), tokens, rtol=1e-5, atol=1e-5)
+    assert vit(images).shape == (2, 16)
+    decoder = shake(Decoder(vit, dim=8, depth=1, heads=2))
+    keep, restore, _ = keep_lowest(torch.rand(2, 15), 4)
+    assert decoder(vit.encode(take(tokens, keep)), restore).shape == (2, 15, 16 * channels)
+
+def test_features_are_the_class_token_or_the_normalised_mean_of_the_patches():
+    images = torch.randn(2, 3, 8, 8)
+    vit = shake(ViT(8, 4, dim=16, depth=1, heads=2)).eval()
+    assert torch.equal(vit(images), vit.encode(vit.embed(images))[:, 0])
+    vit = shake(ViT(8, 4, dim=16, depth=1, heads=2, pool="mean")).eval()
+    torch.testing.assert_close(vit(images), vit.fc_norm(vit.encode(vit.embed(images))[:, 1:].mean(1)))
+
+def test_attention_map_is_the_class_tokens_softmax_row_in_the_last_block():
+    vit, images = shake(ViT((8, 12), 4, dim=16, depth=3, heads=2)).eval(), torch.randn(2, 3, 8, 12)
+    found = vit.attention_map(images)
+    assert found.shape == (2, 2, 6)
+    seen = {}
+    vit.blocks[-1].norm1.register_forward_hook(lambda module, given, output: seen.update(x=output.detach()))
+    vit(images)
+    for b in range(2):
+        _, weights = slow_attention(vit.blocks[-1].attn, seen["x"][b])
+        torch.testing.assert_close(found[b], weights[:, 0, 1:], rtol=1e-4, atol=1e-6)
+
+def test_encode_takes_any_subset_in_any_order():
+    vit, images, order = shake(ViT(16, 4, dim=16, depth=2, heads=2)).eval(), torch.randn(2, 3, 16, 16), torch.randperm(16)
+    tokens = vit.embed(images)
+    plain, turned = vit.encode(tokens), vit.encode(tokens[:, order])
+    torch.testing.assert_close(turned[:, 0], plain[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(turned[:, 1:], plain[:, 1:][:, order], rtol=1e-4, atol=1e-5)
+    few = vit.encode(tokens[:, order[:3]])
+    alone = torch.cat([vit.encode(tokens[b:b + 1, order[:3]]) for b in range(2)])
+    assert few.shape == (2, 4, 16) and not torch.allclose(few[:, 0], plain[:, 0], atol=1e-3)
+    torch.testing.assert_close(few, alone, rtol=1e-4, atol=1e-5)
+
+def test_decoder_puts_visible_tokens_and_mask_tokens_in_their_places():
+    encoder = ViT(8, 4, dim=8, depth=1, heads=2)
+    decoder, seen = shake(Decoder(encoder, dim=8, depth=1, heads=2)), {}
+    decoder.decoder_blocks[0].register_forward_pre_hook(lambda module, given: seen.update(x=given[0]))
+    latent, (keep, restore, _) = torch.randn(1, 3, 8), keep_lowest(torch.tensor([[0.9, 0.1, 0.8, 0.2]]), 2)
+    decoder(latent, restore)
+    assert keep.tolist() == [[1, 3]]
+    places = [None, 0, None, 1]                                         # patches 1 and 3 are visible
+    for n, place in enumerate(places):
+        token = decoder.mask_token[0, 0] if place is None else decoder.decoder_embed(latent[0, 1 + place])
+        torch.testing.assert_close(seen["x"][0, 1 + n], token + sincos_positions(8, (2, 2))[n])
+
+# --------------------------------------------------------------------------------------------------------------------- run
+
+def test_schedule_climbs_in_a_line_then_falls_half_a_cosine():
+    for step in range(10):
+        assert schedule(step, 10, 110) == pytest.approx((step + 1) / 10)
+    for step in (10, 35, 60, 85, 110):
+        assert schedule(step, 10, 110) == pytest.approx(math.cos(math.pi / 2 * (step - 10) / 100) ** 2, abs=1e-12)
+    assert schedule(0, 0, 50) == 1 and schedule(50, 0, 50) == pytest.approx(0, abs=1e-12)
+
+@pytest.mark.parametrize("warmup", [0.5, 2.5, 468.5])
+def test_a_warm_up_of_part_of_a_step_does_not_pass_the_peak(warmup):
+    shares = [schedule(step, warmup, 1000) for step in range(1000)]
+    assert 0 < min(shares) and max(shares) <= 1 and shares.index(max(shares)) <= warmup + 1
+
+def test_adamw_decays_matrices_only():
+    encoder = ViT(8, 4, dim=16, depth=1, heads=2, classes=3, pool="mean")
+    model = nn.ModuleDict({"encoder": encoder, "decoder": Decoder(encoder, dim=8, depth=1, heads=2)})
+    optimizer = adamw(model, 0.05, betas=(0.9, 0.999))
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: decay.get(p) for name, p in model.named_parameters()}
+    modules = dict(model.named_modules())
+    for name, value in found.items():
+        owner = modules[name.rpartition(".")[0]]
+        if "pos_embed" in name:
+            assert value is None, f"{name} is trained"
+        else:
+            weight = name.endswith(".weight") and isinstance(owner, (nn.Linear, nn.Conv2d))
+            assert value == (0.05 if weight else 0.0), name
+    assert found["encoder.cls_token"] == found["decoder.mask_token"] == found["encoder.fc_norm.weight"] == 0.0
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)
+    assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
+
+# ------------------------------------------------------------------------------------------------------------------ scenes
+
+def test_scenes_depend_on_seed_and_index_alone():
+    images, labels, masks = draw_scenes(torch.arange(40), 32, seed=1)
+    for index in (torch.tensor([7]), torch.tensor([39, 3, 7, 7]), torch.arange(39, -1, -3)):
+        again = draw_scenes(index, 32, seed=1)
+        assert all(torch.equal(part, whole[index]) for part, whole in zip(again, (images, labels, masks)))
+    data = Scenes(220, 32, seed=1, first=250)                          # drawn in more than one go
+    assert torch.equal(data.images[5], draw_scenes(torch.tensor([255]), 32, seed=1)[0][0])
+    assert torch.equal(data.masks[210], draw_scenes(torch.tensor([460]), 32, seed=1)[2][0])
+
+def test_scenes_differ_by_seed_and_by_index():
+    index = torch.arange(60)
+    one, two = (draw_scenes(index, 16, seed)[0].flatten(1) for seed in (0, 1))
+    assert len(torch.cat([one, two]).unique(dim=0)) == 120
+
+def test_scenes_labels_go_round_and_classes_are_balanced():
+    labels = draw_scenes(torch.tensor([0, 9, 10, 25, (1 << 40) + 7]), 16)[1]
+    assert labels.tolist() == [i % 10 for i in (0, 9, 10, 25, (1 << 40) + 7)]
+    train, val = open_data(size=8)
+    assert len(train.classes) == 10 and len(set(train.classes)) == 10
+    for data in (train, val):
+        assert data.labels.bincount().tolist() == [len(data) // 10] * 10
+
+def test_training_and_validation_scenes_never_share_one():
+    train, val = open_data(size=16)
+    everything = torch.cat([train.images, val.images]).flatten(1).numpy()
+    assert len({row.tobytes() for row in everything}) == len(train) + len(val)
+
+def test_open_data_passes_seed_and_limit_on():
+    train, val = open_data(size=(8, 16), seed=5, limit=30)
+    assert len(train) == len(val) == 30 and train.size == (8, 16)
+    assert torch.equal(train.images[:30], draw_scenes(torch.arange(30), (8, 16), seed=5)[0])
+
+@pytest.mark.parametrize("size", [32, 96, (32, 64), (48, 24), 20])
+def test_the_object_has_its_share_of_the_picture_and_stands_out(size):
+    images, _, masks = draw_scenes(torch.arange(200), size)
+    H, W = (size, size) if isinstance(size, int) else size
+    assert images.shape == (200, 3, H, W) and images.dtype == torch.uint8
+    assert masks.shape == (200, H, W) and masks.dtype == torch.bool
+    share = masks.float().sum((1, 2)) / min(H, W) ** 2                  # of the square that the picture's short side spans
+    assert 0.1 < share.min() and share.max() < 0.45 and 0.15 < share.mean() < 0.3
+    inside = (images * masks[:, None]).sum((2, 3)) / masks.sum((1, 2))[:, None]
+    outside = (images * ~masks[:, None]).sum((2, 3)) / (~masks).sum((1, 2))[:, None]
+    assert (inside - outside).abs().amax(1).min() > 40                  # of 255; pure chance would come near 0
+
+def test_objects_stand_in_different_places():
+    masks = draw_scenes(torch.arange(200), 32)[2].float()
+    place = torch.arange(32.0)
+    centres = torch.stack([(masks.sum(axis) * place).sum(1) / masks.sum((1, 2)) for axis in (1, 2)], 1)
+    assert (centres.std(0) > 1).all() and ((centres.mean(0) - 15.5).abs() < 1).all()
+
+def test_pixels_alone_do_not_tell_the_classes():
+    """Least squares, with the ridge that serves it best: a data set it can solve would need no representation."""
+    (x, labels, _), (q, truth, _) = draw_scenes(torch.arange(3000), 32), draw_scenes(torch.arange(50_000, 51_000), 32)
+    mean, targets = x.float().mean(0).flatten(), F.one_hot(labels, 10) - 0.1
+    x, q = ((part.flatten(1) - mean) / 255 for part in (x, q))
+    best, gram = 0, x @ x.T
+    for ridge in (100, 1000, 5000):
+        votes = q @ x.T @ torch.linalg.solve(gram + ridge * torch.eye(3000), targets)
+        best = max(best, (votes.argmax(1) == truth).float().mean().item())
+    assert 0.1 < best < 0.45
+
+# ------------------------------------------------------------------------------------------------------------------- crops
+
+@pytest.mark.parametrize("source, size", [((24, 24), (24, 24)), ((24, 40), (11, 17)), ((16, 12), (40, 30)),
+                                          ((30, 20), (13, 41))])
+def test_a_full_window_equals_torchs_antialiased_bicubic_resize(source, size):
+    images = torch.randint(0, 256, (3, 2, *source), dtype=torch.uint8)
+    rows, columns = (crop_weights(torch.zeros(3), torch.full((3,), float(n)), n, m) for n, m in zip(source, size))
+    found = rows[:, None] @ images.float() @ columns.transpose(1, 2)[:, None]
+    wanted = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)        # of 255, float32 sums
+
+def test_whole_crops_equal_torchs_resize_up_to_a_flip():
+    images = torch.randint(0, 256, (40, 3, 20, 28), dtype=torch.uint8)
+    found, _ = random_crops(images, None, (16, 16), 1.0)
+    wanted = F.interpolate(images.float(), (16, 16), mode="bicubic", antialias=True)
+    straight = (found - wanted).abs().amax((1, 2, 3)) < 2e-3
+    flipped = (found - wanted.flip(3)).abs().amax((1, 2, 3)) < 2e-3
+    assert (straight ^ flipped).all() and 8 <= flipped.sum() <= 32      # 4 standard deviations around 20
+
+def test_a_window_of_whole_pixels_at_its_own_size_is_a_slice():
+    line, start = torch.rand(20), torch.tensor([0.0, 3.0, 12.0])
+    weights = crop_weights(start, torch.full((3,), 8.0), 20, 8)
+    for k, first in enumerate((0, 3, 12)):
+        torch.testing.assert_close(weights[k] @ line, line[first:first + 8])
+    torch.testing.assert_close(crop_weights(torch.rand(5) * 9, torch.rand(5) * 10 + 1, 20, 7).sum(-1), torch.ones(5, 7))
+
+def test_whole_crops_keep_all_pixels_and_flip_about_half():
+    images = torch.randint(0, 256, (400, 1, 6, 8), dtype=torch.uint8)
+    found, _ = random_crops(images, None, (6, 8), 1.0)
+    same = (found - images).abs().amax((1, 2, 3)) < 1e-3
+    flipped = (found - images.flip(3)).abs().amax((1, 2, 3)) < 1e-3
+    assert (same | flipped).all() and 150 <= flipped.sum() <= 250       # 5 standard deviations around 200
+
+@pytest.mark.parametrize("scale", [0.2, 0.6, 1.0])
+def test_masks_follow_their_pictures(scale):
+    masks = draw_scenes(torch.arange(64), 32)[2]
+    images = (masks[:, None] * 255).to(torch.uint8)
+    crops, moved = random_crops(images, masks, (24, 20), scale)
+    assert moved.shape == (64, 24, 20) and moved.dtype == torch.bool
+    sure = (crops[:, 0] - 127.5).abs() > 1                              # float sums may fall either way on the border itself
+    assert sure.float().mean() > 0.99 and torch.equal(moved[sure], (crops[:, 0] > 127.5)[sure])
+
+@pytest.mark.parametrize("scale", [0.2, 0.6, 0.9])
+def test_crops_take_at_least_their_share_and_stay_inside_at_every_place(scale):
+    ramp = torch.arange(64.0)
+    images = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64)])
+    crops, _ = random_crops(images.expand(500, -1, -1, -1), None, (64, 64), scale)
+    middle = crops[:, :, 24:40, 24:40]                                  # away from borders a cubic kernel keeps straight lines
+    width, height = (middle[:, 0, 8, -1] - middle[:, 0, 8, 0]).abs() / 15, (middle[:, 1, -1, 8] - middle[:, 1, 0, 8]) / 15
+    share, aspect = width * height, width / height
+    assert scale - 1e-3 < share.min() < scale + 0.1 and share.max() <= 1 + 1e-3
+    assert 0.74 < aspect.min() and aspect.max() < 1.34
+    x, y = middle[:, 0, 7:9, 7:9].mean((1, 2)), middle[:, 1, 7:9, 7:9].mean((1, 2))
+    for centre, side in ((x, width), (y, height)):
+        assert (centre - 32 * side > -0.6).all() and (centre + 32 * side < 63.6).all()      # pixel 0 reaches from −0.5 to 0.5
+    assert (crops[:, 0, 32, -1] < crops[:, 0, 32, 0]).float().mean().item() == pytest.approx(0.5, abs=0.12)
+
+def test_the_same_seed_gives_the_same_crops_and_each_picture_its_own():
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(8, -1, -1, -1)
+    crops = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        crops.append(random_crops(images, None, (12, 12), 0.3)[0])
+    assert torch.equal(crops[0], crops[1]) and not torch.equal(crops[0], crops[2])
+    assert len(crops[0].flatten(1).unique(dim=0)) == 8
+
+# -------------------------------------------------------------------------------------------------------- pictures in memory
+
+def some_pictures(count=30, channels=3, size=(12, 16), masks=True):
+    images = torch.randint(0, 256, (count, channels, *size), dtype=torch.uint8)
+    images[:, 0] //= 2                                                  # so that channels differ
+    return Pictures(images, torch.arange(count) % 3, "abc", images[:, 0] > 60 if masks else None)
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_normalised_pictures_have_mean_zero_and_variance_one_in_each_channel(channels):
+    data = some_pictures(channels=channels)
+    x = data.normalise(data.images).double().numpy()
+    assert data.channels == channels and data.size == (12, 16)
+    np.testing.assert_allclose(x.mean((0, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(x.std((0, 2, 3)), 1, atol=1e-3)
+
+def test_pictures_of_one_colour_do_not_become_infinite():
+    data = Pictures(torch.full((4, 1, 8, 8), 9, dtype=torch.uint8), torch.zeros(4).long(), "a")
+    assert data.normalise(data.images).abs().max() < 1e-4
+
+def test_a_stream_without_scale_gives_pictures_whole_and_in_order():
+    data, index = some_pictures(), torch.tensor([4, 0, 29])
+    batches = list(data.stream([(index, 1), (torch.tensor([7]), 2)], CPU, (12, 16)))
+    images, labels, masks = batches[0]
+    wanted = (data.images[index].double().numpy() - data.images.double().numpy().mean((0, 2, 3))[:, None, None])
+    wanted /= data.images.double().numpy().std((0, 2, 3), ddof=1)[:, None, None]
+    np.testing.assert_allclose(images.numpy(), wanted, rtol=1e-4, atol=1e-5)
+    assert labels.tolist() == [1, 0, 2] and torch.equal(masks, data.masks[index])
+    assert [len(batch[0]) for batch in batches] == [3, 1]
+
+def test_a_stream_without_scale_resizes_pictures_and_their_masks():
+    data, index = some_pictures(), torch.arange(5)
+    data.masks = (torch.arange(16) < 8).expand(30, 12, 16)              # the left half
+    images, _, masks = next(data.stream([(index, 1)], CPU, (6, 10)))
+    wanted = F.interpolate(data.images[index].float(), (6, 10), mode="bicubic", antialias=True)
+    torch.testing.assert_close(images, data.normalise(wanted))
+    assert masks.dtype == torch.bool and torch.equal(masks, (torch.arange(10) < 5).expand(5, 6, 10))
+
+def test_a_stream_with_scale_is_decided_by_each_batchs_seed_and_seeds_what_follows():
+    data, plan = some_pictures(), [(torch.arange(6), 11), (torch.arange(6), 12), (torch.arange(6), 11)]
+    after, batches = [], []
+    for batch in data.stream(plan, CPU, 8, scale=0.4):
+        batches.append(batch)
+        after.append(torch.rand(3))                                     # a model's masks
+        torch.rand(5)
+    assert all(batch[0].shape == (6, 3, 8, 8) and batch[2].shape == (6, 8, 8) for batch in batches)
+    assert torch.equal(batches[0][0], batches[2][0]) and not torch.equal(batches[0][0], batches[1][0])
+    assert torch.equal(after[0], after[2]) and not torch.equal(after[0], after[1])
+
+def test_pictures_without_masks_stream_none():
+    assert next(some_pictures(masks=False).stream([(torch.arange(2), 0)], CPU, 8, 0.5))[2] is None
+
+# ---------------------------------------------------------------------------------------------------------- pictures in files
+
+COLOURS = {"red": (220, 30, 40), "green": (20, 180, 60), "blue": (40, 50, 200)}
+
+def paint(path, colour="red", mode="RGB", size=(20, 24), **how):
+    image = Image.new("RGB", size, COLOURS.get(colour, colour)).convert(mode)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        image.save(file, **{"format": "PNG", **how})
+
+def colours(data, run=CPU, size=16, scale=None):
+    """What a stream gives of all pictures: mean colours 0 … 255 (M, 3), and labels."""
+    images, labels, masks = next(data.stream([(torch.arange(len(data)), 0)], run, size, scale))
+    assert masks is None and images.shape[1:] == (3, size, size)
+    return (images * data.std + data.mean).mean((2, 3)), labels.tolist()
+
+def refused(*words, name):
+    with pytest.raises(Problem) as error:
+        open_data(str(name))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+@pytest.fixture
+def classes(tmp_path):
+    """train/ and val/ with a folder for each of three colours; val lacks the first."""
+    for colour in COLOURS:
+        for k in range(4):
+            paint(tmp_path / "train" / colour / f"{k}.png", colour)
+    for colour in ("green", "red"):
+        paint(tmp_path / "val" / colour / "x.png", colour)
+    return tmp_path
+
+def test_class_folders_give_sorted_classes_and_the_same_numbers_in_val(classes):
+    train, val = open_data(str(classes))
+    assert train.classes == val.classes == ["blue", "green", "red"] and len(train) == 12 and len(val) == 2
+    for data in (train, val):
+        means, labels = colours(data)
+        wanted = torch.tensor([COLOURS[data.classes[label]] for label in labels]).float()
+        torch.testing.assert_close(means, wanted, rtol=0, atol=0.6)     # PNG is exact, resizing rounds
+    assert sorted(labels) == [1, 2]
+
+def test_without_train_there_is_no_validation(tmp_path):
+    for colour in COLOURS:
+        paint(tmp_path / colour / "0.png", colour)
+    train, val = open_data(str(tmp_path))
+    assert val is None and train.classes == ["blue", "green", "red"] and colours(train)[1] == [0, 1, 2]
+
+def test_a_flat_folder_and_one_with_pictures_beside_its_folders_are_unlabelled(tmp_path):
+    paint(tmp_path / "a" / "0.png"), paint(tmp_path / "b" / "0.png")
+    assert folder(tmp_path).labels.tolist() == [0, 1]
+    paint(tmp_path / "0.png")
+    data = folder(tmp_path)
+    assert data.labels.tolist() == [-1] * 3 and data.classes == []
+    (tmp_path / "flat").mkdir()
+    paint(tmp_path / "flat" / "only" / "0.png")
+    assert folder(tmp_path / "flat").labels.tolist() == [-1]            # one folder makes no classes
+
+def test_nested_pictures_belong_to_the_uppermost_folder(tmp_path):
+    for name in ("x/1.png", "x/deep/er/2.png", "y/z/3.PNG", "y/z/4.jpeg"):
+        paint(tmp_path / name)
+    data = folder(tmp_path)
+    assert data.classes == ["x", "y"] and sorted(data.labels.tolist()) == [0, 0, 1, 1]
+    assert colours(data)[1] == data.labels.tolist()
+
+def test_limit_uses_the_first_pictures_only(classes):
+    train, val = open_data(str(classes), limit=5)
+    assert len(train) == 5 and len(val) == 2
+    assert colours(train)[1] == [0, 0, 0, 0, 1]
+
+KINDS = {
+    "grey.png": ("L", {}), "bilevel.png": ("1", {}), "rgba.png": ("RGBA", {}), "greyalpha.png": ("LA", {}),
+    "palette.png": ("P", {}), "rgb.jpg": ("RGB", dict(format="JPEG")), "grey.jpeg": ("L", dict(format="JPEG")),
+    "cmyk.jpg": ("CMYK", dict(format="JPEG")), "progressive.JPG": ("RGB", dict(format="JPEG", progressive=True)),
+    "lossy.webp": ("RGB", dict(format="WEBP")), "alpha.webp": ("RGBA", dict(format="WEBP", lossless=True)),
+    "really-a-png.jpg": ("RGB", {}), "really-a-jpeg.png": ("RGB", dict(format="JPEG")),
+    "transparent.png": ("P", dict(transparency=255)),
+}
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_becomes_rgb(name, tmp_path):
+    mode, how = KINDS[name]
+    if how.get("format") == "WEBP" and not features.check("webp"):
+        pytest.skip("this Pillow cannot write webp")
+    for k, colour in enumerate(COLOURS):
+        paint(tmp_path / f"{k}-{name}", colour, mode, size=(32, 32), **how)
+    data = folder(tmp_path)
+    wanted = [np.array(Image.open(tmp_path / f"{k}-{name}").convert("RGB"), dtype=float).mean((0, 1)) for k in range(3)]
+    np.testing.assert_allclose(colours(data)[0], wanted, rtol=0, atol=4)        # decoders differ by a few steps in lossy kinds
+    assert not data.broken
+
+@pytest.mark.parametrize("value", [0, 1000, 30_000, 65_535])
+def test_a_grey_png_of_16_bits_keeps_its_brightness(value, tmp_path):
+    Image.fromarray(np.full((8, 8), value, np.uint16)).save(tmp_path / "deep.png")
+    data = folder(tmp_path)
+    np.testing.assert_allclose(colours(data)[0], [[value / 257] * 3], rtol=0, atol=1.1)
+
+def test_pictures_are_neither_turned_nor_mirrored(tmp_path):
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    pixels[:20, :20], pixels[:20, 20:], pixels[20:, :20] = COLOURS["red"], COLOURS["green"], COLOURS["blue"]
+    Image.fromarray(pixels).save(tmp_path / "corners.png")
+    data = folder(tmp_path)
+    image = next(data.stream([(torch.tensor([0]), 0)], CPU, 16))[0][0] * data.std + data.mean
+    for y, x, colour in ((3, 3, "red"), (3, 12, "green"), (12, 3, "blue"), (12, 12, "black")):
+        torch.testing.assert_close(image[:, y, x], torch.tensor(COLOURS.get(colour, (0, 0, 0))).float(), rtol=0, atol=3)
+
+def test_names_may_be_any_bytes(tmp_path):
+    paint(tmp_path / "ünïcode 画像 \n.png", "green")
+    try:
+        paint(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"), "red")
+    except OSError:
+        pytest.skip("this file system takes no such names")
+    data = folder(tmp_path)
+    assert len(data) == 2
+    found = colours(data)[0]
+    assert not data.broken
+    np.testing.assert_allclose(sorted(found.tolist()), sorted([COLOURS["red"], COLOURS["green"]]), atol=0.6)
+
+def test_hidden_files_and_other_kinds_of_file_are_left_alone(tmp_path):
+    for name in ("a/0.png", "b/0.png"):
+        paint(tmp_path / name)
+    for name in ("a/._0.png", "b/.hidden.jpg", "notes.txt", "a/movie.gif", "Thumbs.db", "a/png"):
+        (tmp_path / name).write_bytes(b"nothing")
+    assert folder(tmp_path).classes == ["a", "b"] and len(folder(tmp_path)) == 2
+
+def test_hidden_folders_are_left_alone(tmp_path):
+    for name in ("a/0.png", "b/0.png", ".ipynb_checkpoints/0.png", "a/.thumbnails/0.png"):
+        paint(tmp_path / name)
+    assert folder(tmp_path).classes == ["a", "b"] and len(folder(tmp_path)) == 2
+
+def test_an_empty_class_folder_and_a_circle_of_links_do_no_harm(classes):
+    (classes / "train" / "void").mkdir()
+    (classes / "train" / "red" / "loop").symlink_to(classes / "train", target_is_directory=True)
+    (classes / "train" / "blue" / "self").symlink_to(".", target_is_directory=True)
+    train, _ = open_data(str(classes))
+    assert train.classes == ["blue", "green", "red"] and len(train) == 12
+
+def test_linked_class_folders_are_followed(classes, tmp_path):
+    (tmp_path / "links").mkdir()
+    for colour in COLOURS:
+        (tmp_path / "links" / colour).symlink_to(classes / "train" / colour, target_is_directory=True)
+    assert folder(tmp_path / "links").labels.bincount().tolist() == [4, 4, 4]
+
+def test_a_class_that_only_val_has_is_refused(classes):
+    paint(classes / "val" / "violet" / "0.png")
+    refused("classes", str(classes / "val"), name=classes)
+
+def test_a_folder_without_pictures_is_refused(tmp_path, classes):
+    (tmp_path / "empty").mkdir()
+    refused("no .jpg", "empty", name=tmp_path / "empty")
+    for file in (classes / "val").rglob("*.png"):
+        file.unlink()
+    refused("no .jpg", "val", name=classes)
+
+def test_a_missing_path_is_refused_with_the_names_there_are(tmp_path):
+    refused("neither a folder nor", "imagenette", "fashion-mnist", name=tmp_path / "nowhere")
+
+@pytest.mark.parametrize("wrong, right", [("fashion_mnist", "fashion-mnist"), ("CIFAR10", "cifar10"),
+                                          ("imagenete", "imagenette"), ("cifar-100", "cifar100")])
+def test_a_misspelt_name_is_refused_with_the_nearest(wrong, right):
+    refused(f"did you mean {right}?", name=wrong)
+
+def break_picture(path, how):
+    whole = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"<html>404 Not Found</html>\n", "truncated": whole[:len(whole) // 2]}[how])
+
+@pytest.fixture
+def hundred(tmp_path):
+    """100 noisy JPEGs in two folders, all of class 0 red, all of class 1 blue."""
+    rng = np.random.default_rng(0)
+    for k in range(100):
+        colour = np.array(COLOURS["red" if k < 50 else "blue"])
+        os.makedirs(tmp_path / ("a" if k < 50 else "b"), exist_ok=True)
+        noise = rng.integers(-20, 20, (24, 24, 3))
+        Image.fromarray((colour + noise).astype(np.uint8)).save(tmp_path / ("a" if k < 50 else "b") / f"{k:02}.jpg", quality=95)
+    return tmp_path
+
+@pytest.mark.parametrize("how", ["empty", "text", "truncated"])
+def test_a_broken_picture_is_replaced_by_another_and_counted(how, hundred):
+    break_picture(hundred / "a" / "49.jpg", how)
+    data = folder(hundred)
+    means, labels = colours(data)
+    assert data.broken == {49}
+    assert labels == [0] * 49 + [1] * 51                                # the next one, with its own label
+    assert (means[49] - means[50]).abs().max() == 0 and (means.argmax(1) == torch.tensor([0] * 49 + [2] * 51)).all()
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_over_one_percent_broken_stops_with_the_list_of_files(workers, hundred, capfd):
+    for name, how in (("a/03.jpg", "text"), ("b/99.jpg", "truncated")):
+        break_picture(hundred / name, how)
+    data, run = folder(hundred), types.SimpleNamespace(device=CPU.device, workers=workers)
+    with pytest.raises(Problem, match="2 of 100 pictures"):
+        list(data.stream(((part, 0) for part in torch.arange(100).split(10)), run, 16))
+    told = capfd.readouterr().err
+    assert str(hundred / "a" / "03.jpg") in told and str(hundred / "b" / "99.jpg") in told and "04.jpg" not in told
+
+def test_a_broken_picture_met_again_counts_once(hundred):
+    break_picture(hundred / "b" / "70.jpg", "empty")
+    data = folder(hundred)
+    assert len(list(data.stream([(torch.tensor([70, 70, 71]), seed) for seed in range(5)], CPU, 16, 0.5))) == 5
+    assert data.broken == {70}
+
+def test_crops_of_files_do_not_depend_on_the_number_of_workers(hundred):
+    data, plan = folder(hundred), [(torch.tensor([3, 50, 3]), 1), (torch.tensor([8, 9]), 2), (torch.tensor([3, 50, 3]), 1)]
+    found = []
+    for workers in (0, 2):
+        run, batches = types.SimpleNamespace(device=CPU.device, workers=workers), []
+        for images, labels, _ in data.stream(plan, run, (12, 16), 0.3):
+            batches.append((images, labels, torch.rand(2)))             # what a model would draw next
+        found.append(batches)
+    for one, two in zip(*found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two))
+    first, other, again = found[0]
+    assert first[0].shape == (3, 3, 12, 16) and torch.equal(first[0], again[0]) and torch.equal(first[2], again[2])
+    assert not torch.equal(first[2], other[2])
+
+def test_every_file_of_a_batch_is_cropped_in_its_own_way(hundred):
+    for k in range(1, 8):
+        (hundred / "a" / f"{k:02}.jpg").write_bytes((hundred / "a" / "00.jpg").read_bytes())
+    images = next(folder(hundred).stream([(torch.arange(8), 1)], CPU, 12, 0.3))[0]
+    assert len(images.flatten(1).unique(dim=0)) == 8
+
+def test_crops_of_files_differ_by_seed_and_keep_labels(hundred):
+    data, index = folder(hundred), torch.tensor([10, 60])
+    one, two = data.stream([(index, 1), (index, 2)], CPU, 12, 0.3)
+    assert not torch.equal(one[0], two[0]) and one[1].tolist() == two[1].tolist() == [0, 1]
+
+# ------------------------------------------------------------------------------------------------------------- torchvision
+
+@pytest.fixture
+def fashion(tmp_path):
+    """A tiny data set in the files that Fashion-MNIST comes in → its root, images and labels."""
+    raw, rng, parts = tmp_path / "FashionMNIST" / "raw", np.random.default_rng(0), []
+    raw.mkdir(parents=True)
+    for name, count in (("train", 20), ("t10k", 10)):
+        images, labels = rng.integers(0, 256, (count, 28, 28), np.uint8), rng.integers(0, 10, count, np.uint8)
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+            header = np.array([0x0800 + values.ndim, *values.shape], ">i4").tobytes()
+            (raw / f"{name}-{kind}-ubyte").write_bytes(header + values.tobytes())
+        parts.append((images, labels))
+    return tmp_path, parts
+
+def test_fashion_mnist_is_read_from_root(fashion):
+    root, parts = fashion
+    for data, (images, labels) in zip(open_data("fashion-mnist", str(root), limit=8), parts):
+        assert data.channels == 1 and data.size == (28, 28) and len(data) == 8 and len(data.classes) == 10
+        assert np.array_equal(data.images[:, 0].numpy(), images) and data.labels.tolist() == labels.tolist()
+        assert data.images.dtype == torch.uint8 and data.masks is None
+        found = next(data.stream([(torch.arange(8), 0)], CPU, 28))
+        assert found[0].shape == (8, 1, 28, 28) and found[1].tolist() == labels[:8].tolist()
+
+def test_a_download_that_fails_is_a_problem_in_one_line(tmp_path, monkeypatch):
+    def fail(self):
+        raise RuntimeError("Error downloading train-images:\nTried a, got:\nb")
+    monkeypatch.setattr(torchvision.datasets.FashionMNIST, "download", fail)
+    with pytest.raises(Problem, match="fashion-mnist") as error:
+        open_data("fashion-mnist", str(tmp_path))
+    assert "\n" not in str(error.value)
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_cut_off_data_set_is_a_problem(share, fashion):
+    path = fashion[0] / "FashionMNIST" / "raw" / "train-images-idx3-ubyte"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(share * len(whole))])
+    with pytest.raises(Problem, match="fashion-mnist"):
+        open_data("fashion-mnist", str(fashion[0]))
+
+# ----------------------------------------------------------------------------------------------------------------- batches
+
+def batches(count=64, rank=0, world=1, batch=16, micro=4, epochs=3, seed=7):
+    run = types.SimpleNamespace(args=types.SimpleNamespace(batch=batch, epochs=epochs, seed=seed), rank=rank, world=world,
+                                micro=micro, accumulate=batch // world // micro)
+    return Batches(range(count), run, 8, 0.5)
+
+def steps(plan, accumulate):
+    """A plan → a list of steps, each a list of (picture numbers, seed)."""
+    plan = [(index.tolist(), seed) for index, seed in plan]
+    return [plan[k:k + accumulate] for k in range(0, len(plan), accumulate)]
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_very_micro_batches_that_one_would_take(world):
+    alone = steps(batches().plan(0), 4)
+    ranks = [steps(batches(rank=rank, world=world).plan(0), 4 // world) for rank in range(world)]
+    together = [[micro for part in step for micro in part] for step in zip(*ranks, strict=True)]
+    assert len(alone) == 12 and together == alone
+
+def test_every_epoch_takes_every_picture_once_in_a_new_order():
+    plan, orders = steps(batches().plan(0), 4), []
+    for epoch in range(3):
+        orders.append([i for step in plan[4 * epoch:4 * epoch + 4] for index, _ in step for i in index])
+        assert sorted(orders[-1]) == list(range(64)) != orders[-1]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    seeds = [seed for step in plan for _, seed in step]
+    assert len(set(seeds)) == len(seeds)
+
+def test_a_batch_that_does_not_divide_the_pictures_leaves_the_rest_of_an_epoch_out():
+    made = batches(count=70)
+    assert made.per_epoch == 4
+    for epoch in np.array_split([i for index, _ in made.plan(0) for i in index.tolist()], 3):
+        assert len(set(epoch)) == 64 and max(epoch) < 70
+
+def test_fewer_pictures_than_a_batch_are_taken_more_than_once():
+    plan = steps(batches(count=10, epochs=2).plan(0), 4)
+    for step in plan:
+        counts = np.bincount([i for index, _ in step for i in index], minlength=10)
+        assert counts.sum() == 16 and counts.min() >= 1 and counts.max() <= 2
+    assert len(plan) == 2
+
+@pytest.mark.parametrize("first", [1, 4, 6, 11])
+def test_a_plan_from_the_middle_is_the_tail_of_the_whole(first):
+    for rank in range(2):
+        made = batches(rank=rank, world=2)
+        assert steps(made.plan(first), 2) == steps(made.plan(0), 2)[first:]
+
+def test_plans_depend_on_the_seed_and_not_on_torchs():
+    plan = steps(batches().plan(0), 4)
+    torch.manual_seed(123)
+    assert steps(batches().plan(0), 4) == plan != steps(batches(seed=8).plan(0), 4)
+
+def test_seeds_differ_by_each_number_and_fit_torch():
+    seeds = {seed_of(*numbers) for numbers in [(1, 2), (12,), (2, 1), (1, 2, 0), (0, 1, 2), (1,), (-1,)]}
+    assert len(seeds) == 7 and all(0 <= seed < 1 << 62 for seed in seeds) and seed_of(1, 2) == seed_of(1, 2)
+    torch.manual_seed(max(seeds))
+
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+def test_a_checkpoint_comes_back(tmp_path):
+    torch.save({"w": torch.arange(3.0), "args": {"lr": 0.1, "data": None}}, tmp_path / "last.pt")
+    saved = read_checkpoint(tmp_path / "last.pt")
+    assert torch.equal(saved["w"], torch.arange(3.0)) and saved["args"] == {"lr": 0.1, "data": None}
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "empty", "text", "list", "tensor", "folder", "pickle"])
+def test_what_is_no_checkpoint_is_refused_in_one_line_with_its_name(kind, tmp_path):
+    path = tmp_path / "bad.pt"
+    torch.save({"w": torch.randn(1000)}, path)
+    whole = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind in ("list", "tensor"):
+        torch.save([1, 2] if kind == "list" else torch.zeros(2), path)
+    elif kind != "missing":
+        path.write_bytes({"truncated": whole[:len(whole) // 2], "empty": b"", "text": b"hello, I am a text\n" * 9,
+                          "pickle": pickle.dumps([1, 2])}[kind])
+    with pytest.raises(Problem, match="bad.pt") as error:
+        read_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+@pytest.mark.parametrize("save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x))], ids=["torch", "pickle"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(save, tmp_path):
+    save({"encoder": Trap(tmp_path / "sprung")}, tmp_path / "evil.pt")
+    with pytest.raises(Problem, match="evil.pt"):
+        read_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "sprung").exists()
+    if save is torch.save:
+        torch.load(tmp_path / "evil.pt", weights_only=False)
+    else:
+        pickle.loads((tmp_path / "evil.pt").read_bytes())
+    assert (tmp_path / "sprung").exists()                               # the trap does work
+
+def test_a_disk_that_fills_up_leaves_the_file_before_whole_and_nothing_else(tmp_path):
+    def fill(file):
+        file.write(b"half of the new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_whole(tmp_path / "last.pt", lambda file: file.write(b"old"))
+    with pytest.raises(Problem, match="No space left.*the one before it is whole"):
+        write_whole(tmp_path / "last.pt", fill)
+    assert (tmp_path / "last.pt").read_bytes() == b"old" and os.listdir(tmp_path) == ["last.pt"]
+    with pytest.raises(Problem) as error:
+        write_whole(tmp_path / "first.pt", fill)
+    assert "whole" not in str(error.value) and os.listdir(tmp_path) == ["last.pt"]
+    write_whole(tmp_path / "last.pt", lambda file: file.write(b"new"))
+    assert (tmp_path / "last.pt").read_bytes() == b"new" and os.listdir(tmp_path) == ["last.pt"]
+
+def test_the_old_file_is_there_until_the_new_one_is_complete(tmp_path):
+    path, seen = tmp_path / "last.pt", []
+    path.write_bytes(b"old")
+
+    def write(file):
+        file.write(b"new")
+        file.flush()
+        seen.append(path.read_bytes())
+    write_whole(path, write)
+    assert seen == [b"old"] and path.read_bytes() == b"new"
+
+# ------------------------------------------------------------------------------------------------------ sheets and settings
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("height, width, count", [(32, 32, 3), (20, 40, 2), (160, 144, 1)])
+def test_a_sheet_is_a_png_with_every_picture_in_its_place(channels, height, width, count, tmp_path):
+    shape = (count, channels, height, width)
+    rows = {title: torch.randint(0, 256, shape, dtype=torch.uint8) for title in ("original", "painted")}
+    save_sheet(tmp_path / "sheet.png", rows)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        pixels = np.array(sheet.convert("RGB"))
+    zoom = max(1, 128 // width)
+    assert pixels.shape[0] >= 2 * zoom * height and pixels.shape[1] >= count * zoom * width
+    assert pixels.shape[0] <= 2 * (zoom * height + 40) and pixels.shape[1] <= count * (zoom * width + 10)
+    for r, images in enumerate(rows.values()):
+        strip = pixels[r * len(pixels) // 2:(r + 1) * len(pixels) // 2]
+        for image in images:                                            # enlarged by repeating pixels, somewhere in its strip
+            large = image.expand(3, -1, -1).permute(1, 2, 0).numpy().repeat(zoom, 0).repeat(zoom, 1)
+            windows = [strip[y:y + large.shape[0], x:x + large.shape[1]] for y in range(len(strip) - len(large) + 1)
+                       for x in range(strip.shape[1] - large.shape[1] + 1) if (strip[y, x] == large[0, 0]).all()]
+            assert any(np.array_equal(window, large) for window in windows)
+
+PRESETS = {"scenes": dict(lr=0.1, batch=32, size=64), "small": dict(lr=0.2, batch=64),
+           "imagenet": dict(lr=0.3, batch=4096, size=224)}
+
+def options(out):
+    parser = argparse.ArgumentParser()
+    for name, kind in (("data", str), ("lr", float), ("batch", int), ("size", int), ("epochs", int), ("patch", int),
+                       ("micro-batch", int), ("limit", int)):
+        parser.add_argument(f"--{name}", type=kind)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--overwrite", action="store_true")
+    parser.add_argument("--out", default=str(out))
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+def test_the_data_selects_a_preset_and_a_flag_wins(tmp_path):
+    parse = lambda *words: settings(options(tmp_path), PRESETS, words)
+    assert (parse().lr, parse().batch, parse().size, parse().seed, parse().epochs) == (0.1, 32, 64, 0, None)
+    assert parse("--data", "fashion-mnist").lr == parse("--data", "cifar10").lr == 0.2
+    assert parse("--data", "/some/folder").lr == parse("--data", "imagenette").lr == 0.3
+    mixed = parse("--data", "/some/folder", "--lr", "0.05", "--seed", "3")
+    assert (mixed.lr, mixed.batch, mixed.seed) == (0.05, 4096, 3)
+    assert parse("--lr", "0").lr == 0                                   # a zero is a value, not a gap
+
+def test_resuming_takes_what_is_not_given_from_the_run_before(tmp_path):
+    args = dict(data="mnist", lr=0.7, batch=48, size=28, seed=5, resume=False, overwrite=True, out="elsewhere")
+    torch.save({"args": args}, tmp_path / "last.pt")
+    resumed = settings(options(tmp_path), PRESETS, ["--resume", "--batch", "96"])
+    assert (resumed.data, resumed.lr, resumed.seed, resumed.size, resumed.batch) == ("mnist", 0.7, 5, 28, 96)
+    assert resumed.resume and not resumed.overwrite and resumed.out == str(tmp_path)
+
+@pytest.mark.parametrize("name", ["batch", "size", "epochs", "patch", "micro-batch", "limit"])
+@pytest.mark.parametrize("value", ["0", "-3"])
+def test_a_count_below_one_is_refused_by_its_name(name, value, tmp_path):
+    with pytest.raises(Problem, match=f"--{name} must be at least 1"):
+        settings(options(tmp_path), PRESETS, [f"--{name}={value}"])
+
+@pytest.mark.parametrize("words", [["--nonsense"], ["--batch", "many"], ["--lr"]])
+def test_a_wrong_command_line_is_a_problem_and_no_exit(words, tmp_path):
+    with pytest.raises(Problem, match="--help"):
+        settings(options(tmp_path), PRESETS, words)

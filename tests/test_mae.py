@@ -1,0 +1,665 @@
+"""mae.py: its masks, model and judges against slow formulas; its runs killed, stopped and resumed; its answers to bad input."""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import common
+import mae
+
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}                               # sums in one order: runs repeat
+SMALL = "--model nano --size 32 --patch 8 --decoder-dim 32 --decoder-depth 1 --decoder-heads 4".split()
+QUICK = [*SMALL, *"--epochs 2 --batch 16 --lr 1e-2 --warmup 0.5 --workers 0 --device cpu".split()]   # on `pictures`, 8 steps
+EPOCHS, STEPS, BATCH, LR, WARMUP = 3, 60, 32, 1e-3, 0.4                                  # on scenes, some six seconds
+SCENES = [*SMALL, *f"--limit {STEPS * BATCH} --epochs {EPOCHS} --batch {BATCH} --micro-batch {BATCH // 2} --lr {LR} "
+          f"--warmup {WARMUP} --save-every 0 --device cpu".split()]
+FOLDER = [*SMALL, *"--epochs 30 --batch 16 --lr 1e-2 --warmup 1 --crop 0.5 --workers 2 --save-every 0 --device cpu".split()]
+
+# ------------------------------------------------------------------------------------------------------------------ helpers
+
+def tiny(grid=(4, 4), masking="random", norm_pixels=True, dtype=torch.float32):
+    """A model of some thousand parameters for pictures of grid × 4 pixels."""
+    torch.manual_seed(0)
+    encoder = common.ViT((4 * grid[0], 4 * grid[1]), 4, 3, dim=16, depth=2, heads=2)
+    return mae.MAE(encoder, common.Decoder(encoder, 8, 1, 2), norm_pixels, masking).to(dtype)
+
+def masks_of(masking, grid, ratio, batch=16):
+    """What MAE.forward hides: (B, h, w), 1 where hidden."""
+    images = torch.zeros(batch, 3, 4 * grid[0], 4 * grid[1])
+    with torch.no_grad():
+        return tiny(grid, masking)(images, ratio)[2].unflatten(1, grid)
+
+def cut(image, patch=4):
+    """(C, H, W) → list of patches (C, P, P), row by row."""
+    corners = [(y, x) for y in range(0, image.shape[1], patch) for x in range(0, image.shape[2], patch)]
+    return [image[:, y:y + patch, x:x + patch] for y, x in corners]
+
+def tensors(tree, name=""):
+    """Every leaf of nested dictionaries and lists, by its path."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, (list, tuple)) else None
+    if items is None:
+        return {name: tree}
+    return {path: leaf for key, value in items for path, leaf in tensors(value, f"{name}/{key}").items()}
+
+def saved(out):
+    return torch.load(Path(out, "last.pt"), weights_only=True)
+
+def step_of(out):
+    """The step in last.pt, 0 before there is one."""
+    return saved(out)["step"] if Path(out, "last.pt").exists() else 0
+
+def log_of(out):
+    path = Path(out, "log.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+def epochs_of(out):
+    return [line for line in log_of(out) if "loss" in line]
+
+def losses(out):
+    return [line["loss"] for line in epochs_of(out)]
+
+def assert_same_training(one, two):
+    """Weights and optimizer state equal bit for bit; the log has the same epochs, each once, with equal losses."""
+    a, b = ({name: leaf for key in ("encoder", "decoder", "optimizer") for name, leaf in tensors(saved(out)[key], key).items()}
+            for out in (one, two))
+    assert a.keys() == b.keys() and len(a) > 300                                         # weights and two moments of each
+    for name, leaf in a.items():
+        assert torch.equal(leaf, b[name]) if torch.is_tensor(leaf) else leaf == b[name], name
+    curves = [[(line["epoch"], line["step"], line["loss"], line["lr"]) for line in epochs_of(out)] for out in (one, two)]
+    assert curves[0] == curves[1] and len({epoch for epoch, *_ in curves[0]}) == len(curves[0])
+
+def assert_finite(out):
+    for name, leaf in tensors(saved(out)).items():
+        assert not torch.is_tensor(leaf) or leaf.isfinite().all(), name
+
+def command(out, *flags, processes=1):
+    """The command line of a run in a process of its own, or in several through torchrun."""
+    launch = [sys.executable]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return [*launch, mae.__file__, "--out", str(out), *map(str, flags)]
+
+def start(out, *flags, processes=1):
+    return subprocess.Popen(command(out, *flags, processes=processes), env={**os.environ, **THREADS}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+def finish(process, code=0, seconds=120):
+    """Waits for the end of a process and checks its exit code (None: any but 0) → stdout, stderr."""
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)                                       # with its workers
+    assert process.returncode == code if code is not None else process.returncode, (process.returncode, output, errors)
+    return output, errors
+
+def wait_until(process, true, seconds=120):
+    end = time.time() + seconds
+    while not true():
+        if process.poll() is not None or time.time() > end:
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            raise AssertionError(f"ended or took too long, exit code {process.poll()}: {process.communicate()}")
+        time.sleep(0.05)
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of 64 PNGs of 40×36, soft random colours of little contrast."""
+    return paint_folder(tmp_path_factory.mktemp("pictures"), 64)
+
+def paint_folder(root, count):
+    random = torch.Generator().manual_seed(0)
+    for i in range(count):
+        image = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 4, generator=random), (40, 36), mode="bilinear")[0]
+        torchvision.io.write_png((100 + 50 * image).byte(), str(root / f"{i:03}.png"))
+    return root
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A finished run on scenes in a process of its own → its folder, stdout, stderr."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    return out, *finish(start(out, *SCENES))
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """Runs mae.py's command line in this process → exit code, stdout, stderr."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mae.py"])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            common.entry(lambda: mae.main([str(argument) for argument in arguments]))
+        return end.value.code, *capsys.readouterr()
+    return run
+
+def one_line(errors):
+    """The only line on stderr, without its `mae.py: error: `."""
+    assert re.fullmatch(r"mae\.py: error: .+\n", errors), errors
+    return errors
+
+# -------------------------------------------------------------------------------------------------------------------- masks
+
+@pytest.mark.parametrize("masking", ["random", "block", "grid"])
+@pytest.mark.parametrize("grid", [(8, 8), (14, 14), (4, 6), (7, 5), (1, 9)])
+def test_every_picture_keeps_exactly_as_many_patches_as_the_ratio_says(masking, grid):
+    for ratio in (0.25, 0.5, 0.6, 0.75, 0.88):
+        mask = masks_of(masking, grid, ratio)
+        assert set(mask.unique().tolist()) == {0, 1}
+        assert ((mask == 0).sum((1, 2)) == int(grid[0] * grid[1] * (1 - ratio))).all()
+
+@pytest.mark.parametrize("masking", ["random", "block"])
+def test_masks_differ_between_pictures_and_between_calls(masking):
+    model, images = tiny((8, 8), masking), torch.zeros(16, 3, 32, 32)
+    first, second = model(images)[2], model(images)[2]
+    assert len(torch.cat([first, second]).unique(dim=0)) == 32                           # two alike are unlikely, and seeded
+
+def test_random_masks_are_uniform_over_places():
+    torch.manual_seed(0)
+    draws, grid, n = 6000, (3, 4), 3
+    _, _, mask = common.keep_lowest(mae.MASKINGS["random"](draws, grid, "cpu"), n)
+    count, expected = (mask == 0).sum(0).double(), draws * n / 12
+    # Without replacement the counts vary by 1 − n/N less than a multinomial's: corrected, this is chi-square with 11 degrees.
+    chi_square = ((count - expected) ** 2 / expected).sum() * 11 / (12 - n)
+    assert 1.5 < chi_square < 40                                                         # outside: odds of some 1e-4 each
+
+def test_random_masks_of_neighbours_are_independent():
+    torch.manual_seed(0)
+    _, _, mask = common.keep_lowest(mae.MASKINGS["random"](20_000, (4, 4), "cpu"), 4)
+    both = ((mask[:, 5] == 0) & (mask[:, 6] == 0)).float().mean().item()
+    assert both == pytest.approx(4 / 16 * 3 / 15, abs=4 * math.sqrt(0.05 * 0.95 / 20_000))   # four standard errors
+
+@pytest.mark.parametrize("grid", [(8, 8), (4, 6), (14, 10)])
+def test_grid_masks_keep_the_upper_left_of_every_two_by_two(grid):
+    visible = masks_of("grid", grid, 0.75) == 0
+    for y in range(grid[0]):
+        for x in range(grid[1]):
+            assert (visible[:, y, x] == (y % 2 == 0 and x % 2 == 0)).all()
+
+@pytest.mark.parametrize("ratio", [0.4, 0.5, 0.75])
+def test_block_masks_hide_compact_regions(ratio):
+    def hidden_neighbours(mask):
+        """Share of a hidden patch's neighbours, four at most, that are hidden as well."""
+        pairs = [(mask[:, 1:], mask[:, :-1]), (mask[:, :, 1:], mask[:, :, :-1])]
+        both, either = (sum(join(a, b).sum().item() for a, b in pairs) for join in (torch.mul, torch.add))
+        return 2 * both / either
+
+    torch.manual_seed(0)
+    block, random = (hidden_neighbours(masks_of(masking, (14, 14), ratio, batch=64)) for masking in ("block", "random"))
+    assert random == pytest.approx(ratio, abs=0.03)                                      # independent places
+    assert 1 - block < 0.6 * (1 - random)                                                # far fewer borders
+
+def test_noise_keeps_the_patches_where_it_is_lowest():
+    noise = torch.from_numpy(np.random.default_rng(0).permuted(np.tile(np.arange(24.0), (5, 1)), axis=1))
+    _, _, mask = tiny((4, 6))(torch.randn(5, 3, 16, 24), 0.7, noise.float())
+    np.testing.assert_array_equal(mask.numpy() == 0, noise.numpy() < 7)
+
+# -------------------------------------------------------------------------------------------------------------------- model
+
+def test_the_encoder_never_sees_hidden_pixels_and_the_loss_does():
+    model, latent = tiny(norm_pixels=False), []
+    model.decoder.register_forward_pre_hook(lambda module, arguments: latent.append(arguments[0]))
+    images, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
+    loss, prediction, mask = model(images, 0.75, noise)
+    hidden = common.unpatchify(mask[..., None].expand(-1, -1, 48), 4, 16).bool()
+    assert hidden.float().mean() == 0.75
+
+    other_loss, other_prediction, _ = model(torch.where(hidden, 9 * torch.randn_like(images), images), 0.75, noise)
+    assert torch.equal(latent[0], latent[1]) and torch.equal(prediction, other_prediction)
+    assert not torch.isclose(loss, other_loss, rtol=0.1)
+
+    visible_changed = model(torch.where(hidden, images, images + 1), 0.75, noise)[1]
+    assert ((visible_changed - prediction).abs().amax(dim=(1, 2)) > 1e-3).all()          # far above rounding, in every picture
+
+def test_one_visible_patch_moves_the_prediction_of_far_hidden_ones():
+    model, images, noise = tiny(), torch.randn(1, 3, 16, 16), torch.arange(16.0)[None]
+    before = model(images, 0.75, noise)[1]
+    images[:, :, :4, :4] += 2                                                            # patch 0, which is visible
+    assert ((model(images, 0.75, noise)[1] - before).abs().amax(-1) > 1e-5).all()        # at every place
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_gradients_reach_every_parameter_but_the_positions(norm_pixels):
+    model = tiny(norm_pixels=norm_pixels)
+    model(torch.randn(4, 3, 16, 16))[0].backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith("pos_embed"):
+            assert not parameter.requires_grad and parameter.grad is None, name
+        else:
+            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+def test_accumulated_gradients_equal_the_large_batchs(tmp_path):
+    images, noise = torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.rand(8, 16)
+    gradients = []
+    for micro in (8, 2, 1):
+        args = SimpleNamespace(out=str(tmp_path / str(micro)), batch=8, micro_batch=micro, epochs=1, lr=1.0, warmup=0,
+                               device="cpu", workers=0, resume=False, overwrite=False, precision=None, compile=False,
+                               save_every=30.0)
+        run, model = common.Run(args), tiny(dtype=torch.float64)
+        assert run.accumulate == 8 // micro
+        for part, scores in zip(images.split(micro), noise.split(micro)):
+            run.backward(model(part, 0.75, scores)[0])
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    for other in gradients[1:]:                                                          # float64, but for the loss in float32
+        assert (other - gradients[0]).norm() < 1e-6 * gradients[0].norm()
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_paint_leaves_visible_patches_alone_and_fills_hidden_ones(norm_pixels):
+    model, images, noise = tiny(norm_pixels=norm_pixels), 3 * torch.randn(3, 3, 16, 16) + 5, torch.rand(3, 16)
+    masked, painted = model.paint(images, 0.75, noise)
+    with torch.no_grad():
+        _, prediction, mask = model(images, 0.75, noise)
+    for b in range(3):
+        for i, (true, grey, fill) in enumerate(zip(cut(images[b]), cut(masked[b]), cut(painted[b]))):
+            if not mask[b, i]:
+                assert torch.equal(grey, true) and torch.equal(fill, true)
+                continue
+            expected = prediction[b, i].numpy().reshape(4, 4, 3).transpose(2, 0, 1).astype(float)
+            if norm_pixels:
+                pixels = true.numpy().astype(float)
+                expected = expected * math.sqrt(((pixels - pixels.mean()) ** 2).sum() / 47 + 1e-6) + pixels.mean()
+            assert not grey.any()
+            np.testing.assert_allclose(fill.numpy(), expected, rtol=1e-4, atol=1e-5)     # float32 against float64
+
+def test_paint_draws_no_gradients_and_the_masked_picture_does_not_leak():
+    model, images, noise = tiny(), torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    masked, painted = model.paint(images, 0.75, noise)
+    assert not painted.requires_grad
+    assert torch.equal(model.paint(masked, 0.75, noise)[0], masked)
+
+# ------------------------------------------------------------------------------------------------------------------- judges
+
+def features_for_judges(classes=4, width=6, queries=40):
+    """A bank of 150 with labels and queries with the truth; clouds that overlap."""
+    random = np.random.default_rng(0)
+    labels, truth = random.integers(classes, size=150), random.integers(classes, size=queries)
+    centres = random.normal(size=(classes, width))
+    bank, asked = (centres[of] + random.normal(size=(len(of), width)) * np.linspace(1, 3, width) for of in (labels, truth))
+    return [torch.from_numpy(array) for array in (bank.astype(np.float32), labels, asked.astype(np.float32), truth)]
+
+@pytest.mark.parametrize("k", [1, 20, 1000])
+def test_knn_equals_a_slow_loop(k):
+    bank, labels, queries, _ = features_for_judges()
+    expected = []
+    for query in queries.numpy().astype(float):
+        similarity = [query @ row / np.linalg.norm(query) / np.linalg.norm(row) for row in bank.numpy().astype(float)]
+        votes = np.zeros(4)
+        for i in sorted(range(150), key=lambda i: -similarity[i])[:k]:
+            votes[labels[i]] += math.exp(similarity[i] / 0.07)
+        expected.append(votes.argmax())
+    assert mae.knn(bank, labels, queries, 4, k=k).tolist() == expected and len(set(expected)) == 4
+
+def test_knn_weighs_near_neighbours_more_than_many_far_ones():
+    bank, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-0.1, 1.0]]), torch.tensor([0, 1, 1, 1])
+    assert mae.knn(bank, labels, torch.tensor([[5.0, 0.5]]), 2).tolist() == [0]          # whatever its length
+
+@pytest.mark.parametrize("ridge", [0.1, 10.0, 1000.0])
+def test_the_linear_judge_is_ridge_regression(ridge):
+    bank, labels, queries, truth = features_for_judges(classes=4, width=30, queries=500)
+    x, q = (part.numpy().astype(float) for part in (bank, queries))
+    mean, std = x.mean(0), x.std(0, ddof=1)
+    x, q = (np.c_[(part - mean) / std, np.ones(len(part))] for part in (x, q))
+    # Ridge regression as plain least squares: one more row √ridge · eᵢ → 0 for each weight.
+    rows, targets = np.r_[x, math.sqrt(ridge) * np.eye(x.shape[1])], np.r_[np.eye(4)[labels.numpy()], np.zeros((x.shape[1], 4))]
+    scores = q @ np.linalg.lstsq(rows, targets, rcond=None)[0]
+    predicted = mae.linear(bank, labels, queries, 4, ridge)
+    assert predicted.tolist() == scores.argmax(1).tolist()
+    assert (predicted == truth).float().mean() > 0.5                                     # of four classes
+
+def test_the_linear_judge_ignores_the_scale_and_place_of_a_feature():
+    bank, labels, queries, _ = features_for_judges()
+    scale, shift = torch.tensor([1e3, 1e-3, 1.0, 5.0, 0.2, 1.0]), torch.tensor([0.0, 1.0, -50.0, 0.0, 3.0, 0.0])
+    moved = mae.linear(bank * scale + shift, labels, queries * scale + shift, 4)
+    assert (moved == mae.linear(bank, labels, queries, 4)).float().mean() > 0.95         # float32 blurs 1e-3 beside 1
+
+def test_features_choose_the_same_labelled_pictures_every_time():
+    torch.manual_seed(0)
+    labels = torch.arange(600)
+    labels[::3] = -1                                                                     # not labelled
+    data = common.Pictures(torch.randint(256, (600, 3, 8, 8), dtype=torch.uint8), labels, [str(i) for i in range(600)])
+    encoder = common.ViT(8, 4, 3, dim=16, depth=1, heads=2).eval()
+    run = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
+    first, numbers = mae.features(encoder, data, run, 8, 300)
+    torch.manual_seed(99)                                                                # whatever was drawn in between
+    second, again = mae.features(encoder, data, run, 8, 300)
+    assert torch.equal(numbers, again) and torch.equal(first, second)
+    assert len(set(numbers.tolist())) == 300 and (numbers >= 0).all() and not (numbers % 3 == 0).any()
+    assert numbers.float().mean().item() == pytest.approx(300, abs=4 * 173 / math.sqrt(300))    # from everywhere
+    with torch.no_grad():
+        expected = encoder(data.normalise(data.images[numbers]))                         # a label's own picture
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)                    # other batch size, float32
+    assert len(mae.features(encoder, data, run, 8, 10_000)[1]) == 400                    # all that have a label
+
+# ------------------------------------------------------------------------------------------------------------ a run, whole
+
+def test_a_run_leaves_what_the_design_says(uninterrupted):
+    out, output, errors = uninterrupted
+    assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl", "args.json", "reconstruction.png"}
+    assert not errors and "\r" not in output
+    assert sum(line.startswith("epoch ") for line in output.splitlines()) == EPOCHS
+    *epochs, judged = log_of(out)
+    assert [(line["epoch"], line["step"]) for line in epochs] == [(e, e * STEPS) for e in range(1, EPOCHS + 1)]
+    assert all(line["images_per_s"] > 0 for line in epochs)
+    assert 0 < epochs[0]["seconds"] < epochs[1]["seconds"] < epochs[2]["seconds"]
+    assert epochs[-1]["loss"] < epochs[0]["loss"]
+    accuracies = [judged[f"{judge}_{when}"] for judge in ("knn", "linear") for when in ("trained", "untrained")]
+    assert all(0 <= value <= 1 for value in accuracies) and len(set(accuracies)) > 1
+    assert json.loads((out / "args.json").read_text())["batch"] == BATCH
+    sheet = torchvision.io.decode_image(str(out / "reconstruction.png"))
+    assert sheet.shape[0] == 3 and sheet.float().std() > 10                              # something is drawn
+
+def test_the_learning_rate_follows_the_schedule(uninterrupted):
+    warmup, total = WARMUP * STEPS, EPOCHS * STEPS
+    for line in log_of(uninterrupted[0])[:-1]:
+        step = line["step"] - 1                                                          # the last one of the epoch
+        share = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+        assert line["lr"] == pytest.approx(LR * BATCH / 256 * share, rel=1e-6)
+
+def test_a_checkpoint_is_plain_tensors_and_loads_into_the_same_model(uninterrupted):
+    checkpoint = saved(uninterrupted[0])                                                 # weights_only=True
+    assert {"encoder", "decoder", "optimizer", "step", "args"} <= checkpoint.keys()
+    assert checkpoint["step"] == EPOCHS * STEPS and checkpoint["args"]["model"] == "nano"
+    sizes = {name: value for name, value in common.VITS["nano"].items() if name != "patch"}
+    encoder = common.ViT(32, 8, 3, **sizes)
+    encoder.load_state_dict(checkpoint["encoder"])                                       # strict
+    common.Decoder(encoder, 32, 1, 4).load_state_dict(checkpoint["decoder"])
+    assert len(checkpoint["optimizer"]["state"]) == sum(p.requires_grad for p in encoder.parameters()) + sum(
+        not name.endswith("pos_embed") for name in checkpoint["decoder"])
+
+def test_a_finished_run_resumed_changes_nothing(tmp_path, cli):
+    for part, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "b")):
+        (tmp_path / "pictures" / part / name).mkdir(parents=True)
+        paint_folder(tmp_path / "pictures" / part / name, 16)
+    for flags in (["--data", tmp_path / "pictures", *QUICK], ["--resume"]):
+        code, output, errors = cli("--out", tmp_path / "run", *flags)
+        assert code == 0 and not errors and re.search(r"knn.*\d\.\d", output)
+        assert [line.get("epoch") for line in log_of(tmp_path / "run")] == [1, 2, 2]     # the accuracies once, at the end
+        assert "knn_trained" in log_of(tmp_path / "run")[-1] and step_of(tmp_path / "run") == 4
+
+# ------------------------------------------------------------------------------------------- killed, stopped, and resumed
+
+def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    process = start(out, *SCENES)
+    # In mid-epoch, and late enough that the log is ahead of the checkpoint or has an epoch before it.
+    wait_until(process, lambda: step_of(out) % STEPS and log_of(out) and (step_of(out) > 1 or len(log_of(out)) > 1))
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert 0 < step_of(out) < EPOCHS * STEPS and step_of(out) % STEPS
+    output, errors = finish(start(out, "--resume"))                                      # with the options of before
+    assert not errors
+    assert_same_training(uninterrupted[0], out)
+    assert log_of(out)[-1].keys() == log_of(uninterrupted[0])[-1].keys()                 # and the accuracies at its end
+
+def test_a_run_on_a_folder_stopped_twice_resumes_to_the_same_weights_bit_for_bit(tmp_path):
+    images = tmp_path / "pictures"
+    images.mkdir()
+    paint_folder(images, 160)
+    whole, out = tmp_path / "whole", tmp_path / "stopped"
+    process = start(out, "--data", images, *FOLDER)
+    wait_until(process, lambda: step_of(out))
+    process.send_signal(signal.SIGTERM)
+    output, errors = finish(process, 128 + signal.SIGTERM)
+    assert "--resume" in output.splitlines()[-1] and not errors
+    stopped = step_of(out)
+    assert f"step {stopped} " in output.splitlines()[-1] and 0 < stopped < 300
+
+    process = start(out, "--resume")
+    wait_until(process, lambda: step_of(out) > stopped)
+    os.killpg(process.pid, signal.SIGINT)                                                # as Ctrl-C: its workers get it too
+    output, errors = finish(process, 128 + signal.SIGINT)
+    assert "--resume" in output.splitlines()[-1] and not errors
+    assert stopped < step_of(out) < 300
+
+    process = start(whole, "--data", images, *FOLDER)
+    finish(start(out, "--resume"))
+    finish(process)
+    assert_same_training(whole, out)
+
+def test_two_processes_stopped_and_resumed_train_what_one_does(uninterrupted, tmp_path):
+    out = tmp_path / "run"
+    agent = start(out, *SCENES, processes=2)
+    wait_until(agent, lambda: step_of(out) % STEPS and (step_of(out) > 1 or log_of(out)))
+    before = step_of(out)
+    agent.send_signal(signal.SIGTERM)
+    output, _ = finish(agent, None)
+    assert output.count("--resume") == 1                                                 # said by one of them
+    assert before <= step_of(out) < EPOCHS * STEPS
+
+    finish(start(out, "--resume", processes=2))
+    assert {path.name for path in out.iterdir()} == {path.name for path in uninterrupted[0].iterdir()}
+    one, two = saved(uninterrupted[0]), saved(out)
+    for part in ("encoder", "decoder"):
+        torch.testing.assert_close(two[part], one[part], rtol=0, atol=1e-5)              # sums in another order, in float32
+    one, two = epochs_of(uninterrupted[0]), epochs_of(out)
+    assert [(line["epoch"], line["lr"]) for line in one] == [(line["epoch"], line["lr"]) for line in two]
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-5)
+
+# ------------------------------------------------------------------------------------------------------------ single options
+
+def test_every_option_of_the_design_is_there_and_help_is_grouped(cli):
+    code, output, _ = cli("--help")
+    assert code == 0
+    words = """--data --root --out --model --size --patch --epochs --batch --micro-batch --lr --warmup --weight-decay --workers
+               --seed --precision --compile --resume --overwrite --device --limit --mask-ratio --masking --norm-pixels --crop"""
+    assert all(re.search(rf"{word}\b", output) for word in words.split())
+    assert len(re.findall(r"^\w+:$", output, re.MULTILINE)) >= 4
+    assert [mae.options().parse_args(flags).compile for flags in ([], ["--compile"], ["--no-compile"])] == [None, True, False]
+
+def test_a_small_run_repeats_and_the_seed_changes_it(pictures, tmp_path, cli):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        code, _, errors = cli("--data", pictures, *QUICK, "--seed", seed, "--out", tmp_path / name)
+        assert code == 0 and not errors
+    assert_same_training(tmp_path / "a", tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c") and len(losses(tmp_path / "a")) == 2
+
+@pytest.mark.parametrize("flags", ["--masking block", "--masking grid", "--crop 0.5", "--mask-ratio 0.5", "--no-compile",
+                                   "--micro-batch 4", "--limit 32", "--batch 128", "--decoder-depth 0"])
+def test_an_option_trains_to_another_finite_loss(pictures, tmp_path, cli, flags):
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    for out, extra in (plain, []), (other, flags.split()):
+        code, _, errors = cli("--data", pictures, *QUICK, "--crop", 1, *extra, "--out", out)
+        assert code == 0 and not errors
+    assert all(0 < loss < 10 for loss in losses(other)) and len(losses(other)) == 2
+    assert (losses(plain) == losses(other)) == (flags == "--no-compile")                 # which is how a CPU runs anyway
+    assert_finite(other)
+
+def test_bf16_trains_close_to_fp32(pictures, tmp_path, cli):
+    for precision in ("fp32", "bf16"):
+        assert cli("--data", pictures, *QUICK, "--precision", precision, "--out", tmp_path / precision)[0] == 0
+    fp32, bf16 = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
+    assert fp32 != bf16                                                                  # it did round
+    assert bf16 == pytest.approx(fp32, rel=0.05)                                         # eight bits are 0.4 %, in eight steps
+
+def test_normalised_pixels_weigh_a_flat_picture_like_any_other(pictures, tmp_path, cli):
+    loss = {}
+    for switch in ("--norm-pixels", "--no-norm-pixels"):
+        assert cli("--data", pictures, *QUICK, "--lr", 0, "--crop", 1, switch, "--out", tmp_path / switch)[0] == 0
+        loss[switch] = losses(tmp_path / switch)[0]
+    images = torch.stack([torchvision.io.decode_image(str(path)) for path in sorted(pictures.iterdir())])
+    power = common.Files([], [], []).normalise(images).square().mean().item()
+    # Both start from one prediction p: E(p − t)² differs by the targets' power, 1 against that of the pixels, and by 2·E(p·t).
+    assert loss["--norm-pixels"] - loss["--no-norm-pixels"] == pytest.approx(1 - power, abs=0.35)
+
+# ---------------------------------------------------------------------------------------------------------------- bad input
+
+BAD = {  # what is wrong: options after the usual ones, and what the line must say
+    "a path that is not there": ("--data {tmp}/nowhere", "nowhere"),
+    "a file for a folder": ("--data {tmp}/file", "file"),
+    "a folder without pictures": ("--data {tmp}/empty", "picture.*empty"),
+    "a misspelt name": ("--data fashion-mnst", "fashion-mnist"),
+    "a name that cannot be downloaded": ("--data mnist --root {tmp}/root", "mnist.*download"),
+    "a size that does not divide": ("--size 30", "30.*8"),
+    "a patch larger than the picture": ("--size 32 --patch 64", "64"),
+    "mask ratio 0": ("--mask-ratio 0", "mask-ratio"),
+    "mask ratio 1": ("--mask-ratio 1", "mask-ratio"),
+    "mask ratio -1": ("--mask-ratio -1", "mask-ratio"),
+    "mask ratio 1.5": ("--mask-ratio 1.5", "mask-ratio"),
+    "mask ratio nan": ("--mask-ratio nan", "mask-ratio"),
+    "no visible patch": ("--mask-ratio 0.999", "visible"),
+    "an unknown option": ("--epoques 3", "epoques"),
+    "an unknown model": ("--model giant", "giant"),
+    "an unknown masking": ("--masking stripes", "stripes"),
+    "a word for a number": ("--batch many", "many"),
+    "no epochs": ("--epochs 0", "epochs"),
+    "no batch": ("--batch 0", "batch"),
+    "no pictures": ("--limit 0", "limit"),
+    "a batch that does not divide": ("--batch 16 --micro-batch 5", "16.*5"),
+    "a micro-batch larger than the batch": ("--batch 16 --micro-batch 32", "16.*32"),
+    "no GPU": ("--device cuda", "GPU"),
+    "an unknown device": ("--device abacus", "abacus"),
+    "a decoder that does not divide into heads": ("--decoder-dim 30", "30"),
+    "a decoder without heads": ("--decoder-heads 0", "head"),
+    "crops of nothing": ("--crop 0", "crop"),
+    "crops larger than the picture": ("--crop 1.5", "crop"),
+    "less than no workers": ("--workers -1", "workers"),
+    "a negative seed": ("--seed -1", "seed"),
+    "an output below a file": ("--out {tmp}/file/below", "file"),
+    "nothing to resume": ("--resume", "resume.*last.pt"),
+}
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_gets_one_line_and_writes_nothing(what, pictures, tmp_path, cli, monkeypatch):
+    options, says = BAD[what]
+    tmp = tmp_path / "in"
+    (tmp / "empty" / "below").mkdir(parents=True)
+    (tmp / "file").write_text("not a picture")
+    (tmp / "empty" / "notes.txt").write_text("not a picture")
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")                                   # where nobody answers
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, _, errors = cli("--data", pictures, *QUICK, "--out", tmp_path / "out", *options.format(tmp=tmp).split())
+    assert code == 2 and re.search(says, one_line(errors)), errors
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]        # so that the next try may begin
+    assert (tmp / "file").read_text() == "not a picture"
+
+@pytest.mark.parametrize("batch", [33, 1])
+def test_a_batch_that_does_not_divide_among_the_processes_is_refused(batch, pictures, tmp_path, cli, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2"), monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *arguments, **options: None)
+    code, _, errors = cli("--data", pictures, *QUICK, "--batch", batch, "--out", tmp_path / "out")
+    assert code == 2 and re.search(rf"--batch {batch}.*2 process", one_line(errors))
+    assert not (tmp_path / "out" / "args.json").exists()
+
+def test_more_processes_than_gpus_are_refused(pictures, tmp_path, cli, monkeypatch):
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    code, _, errors = cli("--data", pictures, *QUICK, "--device", "cuda", "--out", tmp_path / "out")
+    assert code == 2 and re.search("2 process.*1 GPU", one_line(errors))
+
+def test_a_real_process_says_one_line_and_exits_with_two(tmp_path):
+    output, errors = finish(start(tmp_path / "out", "--data", "nowhere/at/all"), 2)
+    assert "nowhere/at/all" in one_line(errors) and not output
+
+@pytest.fixture
+def finished(pictures, tmp_path, cli):
+    """A folder that holds a run."""
+    assert cli("--data", pictures, *QUICK, "--out", tmp_path / "run")[0] == 0
+    return tmp_path / "run"
+
+def contents(out):
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_silently(finished, pictures, cli):
+    before = contents(finished)
+    code, _, errors = cli("--data", pictures, *QUICK, "--out", finished)
+    assert code == 2 and re.search("--resume.*--overwrite", one_line(errors)) and contents(finished) == before
+    code, _, errors = cli("--data", pictures, *QUICK, "--out", finished, "--overwrite", "--epochs", 1)
+    assert code == 0 and not errors and len(losses(finished)) == 1 and saved(finished)["step"] == 4
+
+@pytest.mark.parametrize("what", ["a path that is not there", "a folder without pictures", "a size that does not divide",
+                                  "a decoder that does not divide into heads", "a batch that does not divide"])
+def test_a_mistake_beside_overwrite_loses_nothing(what, finished, pictures, tmp_path, cli):
+    before = contents(finished)
+    (tmp_path / "empty").mkdir()
+    options = BAD[what][0].format(tmp=tmp_path).split()
+    code, _, errors = cli("--data", pictures, *QUICK, "--out", finished, "--overwrite", *options)
+    assert code == 2 and one_line(errors)
+    assert contents(finished) == before
+
+@pytest.mark.parametrize("what", ["cut off", "empty", "text", "of something else", "a list"])
+def test_a_bad_checkpoint_is_named_and_left_as_it_is(what, finished, pictures, cli):
+    path = finished / "last.pt"
+    whole = path.read_bytes()
+    if what in ("of something else", "a list"):
+        torch.save({"model": {}} if what == "of something else" else [1, 2], path)
+    else:
+        path.write_bytes({"cut off": whole[:len(whole) // 2], "empty": b"", "text": b"nothing of the kind\n" * 99}[what])
+    before = contents(finished)
+    code, _, errors = cli("--data", pictures, *QUICK, "--resume", "--out", finished)
+    assert code == 2 and "last.pt" in one_line(errors) and contents(finished) == before
+
+@pytest.mark.parametrize("flags", ["--model tiny", "--patch 4", "--decoder-depth 2"])
+def test_resuming_another_model_is_refused_and_loses_nothing(flags, finished, cli):
+    before = contents(finished)
+    code, _, errors = cli("--resume", "--out", finished, *flags.split())
+    assert code == 2 and "last.pt" in one_line(errors) and contents(finished) == before
+
+# --------------------------------------------------------------------------------------------------------------- bad luck
+
+def full_disk(monkeypatch, out, saves):
+    """Lets the first `saves` checkpoints through; later ones meet a full disk, half of them written."""
+    whole, count = torch.save, [0]
+
+    def save(state, file):
+        count[0] += 1
+        if count[0] > saves:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        whole(state, file)
+    monkeypatch.setattr(torch, "save", save)
+
+@pytest.mark.parametrize("disk", ["a failing writer", "a small tmpfs"])
+def test_a_disk_that_fills_leaves_the_last_good_checkpoint(disk, pictures, tmp_path, cli, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(out)]               # holds one checkpoint of 10 MB, not two
+    mounted = disk == "a small tmpfs" and os.name == "posix" and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        if not mounted:                                                                  # without root the other way again
+            full_disk(monkeypatch, out, saves=1)
+        code, _, errors = cli("--data", pictures, *QUICK, "--epochs", 300, "--save-every", 0, "--out", out)
+        assert code == 2 and "last.pt" in one_line(errors)
+        assert_finite(out)
+        assert 0 < step_of(out) < 1200
+        assert {path.name for path in out.iterdir()} <= {"last.pt", "log.jsonl", "args.json"}    # no half-written one beside it
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(out)], check=True)
+
+@pytest.mark.parametrize("lr", ["1e6", "nan"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(lr, pictures, tmp_path, cli):
+    out = tmp_path / "out"
+    code, _, errors = cli("--data", pictures, *QUICK, "--epochs", 20, "--save-every", 0, "--out", out, "--lr", lr)
+    assert code == 2 and re.search("--lr", one_line(errors))
+    if (out / "last.pt").exists():
+        assert_finite(out)
+    assert all(math.isfinite(loss) for loss in losses(out))
+
+def test_too_many_unreadable_pictures_stop_the_run_with_their_list(pictures, tmp_path, cli):
+    images = tmp_path / "pictures"
+    images.mkdir()
+    for path in pictures.iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / "017.png").write_bytes(b"")
+    (images / "042.png").write_bytes((pictures / "042.png").read_bytes()[:99])
+    code, _, errors = cli("--data", images, *QUICK, "--out", tmp_path / "out")
+    *listed, last = errors.splitlines()
+    assert code == 2 and last.startswith("mae.py: error: ") and "1 %" in last
+    assert {"017.png", "042.png"} >= {Path(line.strip()).name for line in listed if line.endswith(".png")} != set()
+    assert "Traceback" not in errors
