@@ -104,8 +104,9 @@ def pretrain(args):
     optimizer = adamw(model := MAE(encoder, decoder, args.norm_pixels, args.masking), args.weight_decay)
     wrapped = run.wrap(model)
     run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)                         # in last.pt
-    run.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(train)} pictures of {args.size} pixels "
-            f"a side, on {run.world} × {run.device.type} in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    run.say(f"{size:.1f} M parameters, {len(train)} pictures of {args.size} pixels a side, on {run.world} × {run.device.type} in "
+            f"{run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
 
     batches = Batches(train, run, args.size, args.crop)
     for step in run.steps(batches.per_epoch):
@@ -134,13 +135,13 @@ def draw(model, data, run, args, count=10):
 
 @torch.no_grad()
 def features(encoder, data, run, size, count):
-    """Class-token features (M, D) and labels (M,) of at most `count` labelled pictures, chosen at random once and for all."""
+    """Features (M, D), the mean of the patch tokens, and labels (M,) of `count` labelled pictures, always the same ones."""
     index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     index = index[data.labels.cpu()[index] >= 0][:count]
     found = []
     for images, labels, _ in data.stream(((part, 0) for part in index.split(250)), run, size):
         with run.autocast():
-            found.append((encoder(images).float(), labels))
+            found.append((encoder.encode(encoder.embed(images))[:, 1:].float().mean(1), labels))
     return [torch.cat(parts) for parts in zip(*found)]
 
 def knn(bank, labels, queries, classes, k=20, temperature=0.07):
@@ -156,14 +157,14 @@ def linear(bank, labels, queries, classes, ridge=10.0):
     weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).to(x), x.T @ F.one_hot(labels, classes).double())
     return (q @ weights).argmax(1)
 
-def report(encoder, train, val, run, args, count=6_000):
+def report(encoder, train, val, run, args):
     """Says and logs how well frozen features tell the classes apart, beside those of the encoder as it was before training."""
-    if val is None or not train.classes or len(set(train.labels.tolist()) - {-1}) < 2:
-        return run.say("accuracy: not measured, it needs a train/ and a val/ folder with labelled pictures")
+    if not args.bank or val is None or len(set(train.labels[:len(train)].tolist()) - {-1}) < 2:
+        return run.say("accuracy: not measured; it needs labelled pictures in train/ and val/, and --bank above 0")
     share = {}
     for name, vit in (("trained", encoder), ("untrained", build(args, train.channels)[0].to(run.device))):
-        bank, labels = features(vit.eval(), train, run, args.size, count)
-        queries, truth = features(vit, val, run, args.size, count // 2)
+        bank, labels = features(vit.eval(), train, run, args.size, args.bank)
+        queries, truth = features(vit, val, run, args.size, args.bank // 2)
         for judge in (knn, linear):
             share[judge.__name__, name] = (judge(bank, labels, queries, len(train.classes)) == truth).float().mean().item()
     for judge in ("linear", "knn"):
@@ -175,16 +176,16 @@ def report(encoder, train, val, run, args, count=6_000):
 
 PRESETS = {  # what --data selects, for every option left open; imagenet is the paper's recipe (appendix A.1), the others are ours
     "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
-                   epochs=4, batch=32, lr=1.6e-2, warmup=0.4),
-    "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=True, crop=0.6,
-                  epochs=50, batch=64, lr=6e-3, warmup=0.5),
+                   bank=6_000, epochs=4, batch=32, lr=1.6e-2, warmup=0.4),
+    "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
+                  bank=20_000, epochs=50, batch=64, lr=8e-3, warmup=0.5),
     "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
-                     epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
+                     bank=20_000, epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
 }
 
 def options():
-    parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. Options left out come from a preset: scenes "
-                                     "(no --data), small (a small torchvision set) or imagenet. In brackets: the paper's.")
+    parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. What is left out comes from a "
+                                     "preset: scenes (no --data), small (torchvision's small sets) or imagenet, the paper's.")
     switch = argparse.BooleanOptionalAction
 
     data = parser.add_argument_group("data").add_argument
@@ -219,6 +220,7 @@ def options():
     machine("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
     machine("--overwrite", action="store_true", help="start again in a folder that holds a run")
     machine("--save-every", type=float, default=30.0, help="seconds between checkpoints, at least (30)")
+    machine("--bank", type=int, help="labelled pictures that the accuracy at the end learns from, 0: none (not in the paper)")
     machine("--device", help="cuda, cpu … (cuda if there is one)")
     machine("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (bf16 on GPUs that have it, fp32 on CPUs)")
     machine("--compile", action=switch, help="torch.compile the model (on GPUs)")
