@@ -265,7 +265,7 @@ class Pictures:
 
     def __init__(self, images, labels, classes, masks=None):
         self.images, self.labels, self.classes, self.masks = images, labels, list(classes), masks
-        self.channels, self.size, few = images.shape[1], tuple(images.shape[2:]), images[:10_000].float()
+        self.channels, self.size, few = images.shape[1], tuple(images.shape[2:]), images[:5_000].float()
         self.mean, self.std = few.mean((0, 2, 3))[:, None, None], few.std((0, 2, 3))[:, None, None].clamp(min=1)
 
     def __len__(self):
