@@ -481,6 +481,8 @@ def settings(parser, presets, arguments=None):
 
     parser.error = refuse
     args = parser.parse_args(arguments)
+    if args.resume and args.overwrite:
+        refuse("--resume goes on with a run and --overwrite drops it: give one of them")
     if args.resume and os.path.exists(f"{args.out}/last.pt"):
         old = read_checkpoint(f"{args.out}/last.pt").get("args", {})
         parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})

@@ -515,6 +515,7 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "an unknown masking": ("--masking stripes", "stripes"),
     "a word for a number": ("--batch many", "many"),
     "no epochs": ("--epochs 0", "epochs"),
+    "both at once": ("--resume --overwrite", "--overwrite"),
     "no batch": ("--batch 0", "batch"),
     "no pictures": ("--limit 0", "limit"),
     "a batch that does not divide": ("--batch 16 --micro-batch 5", "16.*5"),
