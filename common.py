@@ -145,7 +145,7 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.pos_embed = fixed_positions(dim, self.grid)
         rates = torch.linspace(0, drop_path, depth).tolist()                                # deeper blocks are dropped more
-        self.blocks = nn.ModuleList(Block(dim, heads, rate, attention) for rate in rates)
+        self.blocks = nn.Sequential(*(Block(dim, heads, rate, attention) for rate in rates))
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
         self.head = nn.Linear(dim, classes) if classes else nn.Identity()
@@ -161,10 +161,7 @@ class ViT(nn.Module):
 
     def encode(self, tokens):
         """(B, n, D) → (B, 1+n, D): class token in front, all blocks, final norm. `tokens` may be any subset of the patches."""
-        x = self.with_class(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(self.blocks(self.with_class(tokens)))
 
     def forward(self, images):
         """(B, C, H, W) → features (B, D), or logits (B, classes)."""
@@ -173,9 +170,7 @@ class ViT(nn.Module):
 
     def attention_map(self, images):
         """(B, C, H, W) → (B, H, N): the last block's attention from the class token to the patches."""
-        x = self.with_class(self.embed(images))
-        for block in self.blocks[:-1]:
-            x = block(x)
+        x = self.blocks[:-1](self.with_class(self.embed(images)))
         return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))[:, :, 0, 1:]
 
 class Decoder(nn.Module):
@@ -190,7 +185,7 @@ class Decoder(nn.Module):
         self.decoder_embed = nn.Linear(encoder.dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.decoder_pos_embed = fixed_positions(dim, encoder.grid)
-        self.decoder_blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.decoder_blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, encoder.patch ** 2 * encoder.channels)
         self.apply(start_weights)
@@ -200,9 +195,7 @@ class Decoder(nn.Module):
         hidden = self.mask_token.expand(len(x), restore.shape[1] - x.shape[1] + 1, -1)      # (B, N−n, d)
         patches = take(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), restore)           # (B, N, d) each in its place
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed                  # (B, 1+N, d)
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1:]))                               # (B, N, P·P·C)
+        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)[:, 1:]))          # (B, N, P·P·C)
 
 # -------------------------------------------------------------------------------------------------------------------- data
 
@@ -487,12 +480,16 @@ def settings(parser, presets, arguments=None):
         old = read_checkpoint(f"{args.out}/last.pt").get("args", {})
         parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
         args = parser.parse_args(arguments)
+        for name in ("data", "limit", "size", "batch", "seed"):                             # they decide what a step is
+            if name in old and getattr(args, name) != old[name]:
+                refuse(f"the run to resume has --{name} {old[name]}, not {getattr(args, name)}: leave it out")
     preset = presets["scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"]
     args = Namespace(**{name: preset.get(name) if value is None else value for name, value in vars(args).items()})
-    least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, workers=0, seed=0)
+    least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, decoder_depth=0,
+                 workers=0, seed=0, lr=0, warmup=0, weight_decay=0, save_every=0, bank=0)
     for name, low in least.items():
-        if getattr(args, name, None) is not None and getattr(args, name) < low:
-            refuse(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
+        if (value := getattr(args, name, None)) is not None and not low <= value < 2 ** 63:
+            refuse(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
     if not 0 < getattr(args, "crop", 1) <= 1:
         refuse(f"--crop must be above 0 and at most 1, not {args.crop}")
     return args
@@ -547,6 +544,8 @@ class Run:
         self.args, self.out, self.rank, self.world = args, args.out, env("RANK", 0), env("WORLD_SIZE", 1)
         self.local, here, gpus = env("LOCAL_RANK", 0), env("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
         kind = args.device or ("cuda" if gpus else "cpu")
+        if ":" in kind:
+            raise Problem(f"--device {kind}: say {kind.split(':')[0]}; CUDA_VISIBLE_DEVICES picks among GPUs")
         if kind == "cuda" and here > gpus:
             raise Problem(f"{here} process(es) for {gpus} GPU(s): lower --nproc_per_node, or use --device cpu")
         try:
@@ -563,12 +562,13 @@ class Run:
         self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
         if self.workers is None:
             self.workers = min(16, (os.cpu_count() or 1) // here)
-        share = args.batch // self.world
+        share, rest = divmod(args.batch, self.world)
+        if rest:
+            raise Problem(f"--batch {args.batch} is for all processes together and does not divide among {self.world} processes")
         self.micro = args.micro_batch or max(m for m in range(1, max(1, min(share, 256)) + 1) if share % m == 0)
         self.accumulate = share // self.micro
-        if self.accumulate * self.micro * self.world != args.batch:
-            raise Problem(f"--batch {args.batch}, for all processes together, does not divide into {self.world} process(es) of "
-                          f"--micro-batch {self.micro}")
+        if self.accumulate * self.micro != share:
+            raise Problem(f"--batch {args.batch} is {share} pictures a process, which --micro-batch {self.micro} does not divide")
         self.step, self.seconds, self.stop, self.sums, self.kept, self.wrapped = 0, 0.0, 0, {}, {}, []
         if self.rank == 0:
             self.claim()
@@ -578,7 +578,8 @@ class Run:
         if self.args.resume and "last.pt" not in there:
             raise Problem(f"nothing to resume: there is no {self.out}/last.pt")
         if there and not (self.args.resume or self.args.overwrite):
-            raise Problem(f"{self.out} holds a run: go on with --resume, start again with --overwrite, or name another --out")
+            raise Problem(f"{self.out} holds a run: " + "go on with --resume, " * ("last.pt" in there)
+                          + "start again with --overwrite, or name another --out")
         os.makedirs(self.out, exist_ok=True)
 
     def first(self, make):
@@ -647,6 +648,7 @@ class Run:
             if self.stop:
                 raise KeyboardInterrupt                                                     # twice: at once
             self.stop = number
+            self.say("\nsaving after this step, then stopping; a second time stops at once")
 
         before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -676,9 +678,10 @@ class Run:
                           f"{self.out}/last.pt, if there is one, is from before")
         speed, left, shown = self.args.batch / pace, round((self.total - self.step) * pace), sys.stdout.isatty()
         if ends or shown:
-            self.say(f"{chr(13) * shown}epoch {self.step / self.per_epoch:.{0 if ends else 1}f}/{self.args.epochs}  "
-                     f"step {self.step}/{self.total}  loss {loss:.4f}  lr {self.lr:.1e}  {speed:.0f} images/s  "
-                     f"{left // 60}:{left % 60:02} left{'  ' * shown}", end="\n" if ends else "")
+            line = (f"epoch {self.step / self.per_epoch:.{0 if ends else 1}f}/{self.args.epochs}  step {self.step}/{self.total}  "
+                    f"loss {loss:.4f}  lr {self.lr:.1e}  {speed:.0f} images/s  "
+                    f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+            self.say("\r" + f"{line}  "[:os.get_terminal_size().columns - 1] if shown else line, end="\n" if ends else "")
         if ends or stop or due:                                                             # what is saved is the mean of all
             for value in self.sums.values() if self.world > 1 else ():
                 dist.all_reduce(value.div_(self.world))
@@ -690,7 +693,7 @@ class Run:
         if stop or due or self.step == self.total:
             self.save()
         if stop:
-            self.say(f"\nstopped and saved at step {self.step} of {self.total}; --resume goes on")
+            self.say(f"stopped and saved at step {self.step} of {self.total}; --resume goes on")
             raise SystemExit(128 + (self.stop or signal.SIGTERM))
 
     def backward(self, loss):
@@ -723,7 +726,8 @@ class Run:
 
 def entry(main):
     """Runs a script's main. A Problem, Ctrl-C, a full disk or GPU end it with one line on stderr and an exit code."""
-    code, message = 2, None
+    code, message, rank = 2, None, int(os.environ.get("RANK", 0))
+    sys.stdout.reconfigure(errors="replace")                                                # for terminals without × or …
     try:
         main()
         code = 0
@@ -733,7 +737,11 @@ def entry(main):
         message = "the GPU's memory is full: lower --micro-batch, which leaves the result as it is"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    if message and os.environ.get("RANK", "0") == "0":
+    except RuntimeError as error:
+        if not rank or "peer" not in str(error):                                            # another process ended and said why
+            raise
+    if message:
+        time.sleep(3 * (rank > 0))                                                          # time for process 0 to say the same
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     if dist.is_initialized() and not code:
         dist.destroy_process_group()

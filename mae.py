@@ -110,6 +110,9 @@ def pretrain(args):
     run.say(f"{size:.1f} M parameters, {len(train)} pictures of {args.size} pixels a side, on {run.world} × {run.device.type} in "
             f"{run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
 
+    if len(train) < args.batch:
+        run.say(f"--batch {args.batch} is more than there are pictures, each is seen several times a step: try a smaller one")
+
     batches = Batches(train, run, args.size, args.crop)
     for step in run.steps(batches.per_epoch):
         for images, _, _ in batches.at(step):                                               # (b, C, H, W) a micro-batch
@@ -120,6 +123,8 @@ def pretrain(args):
         run.update(optimizer)
 
     if run.rank == 0:
+        if broken := getattr(train, "broken", None):
+            run.say(f"{len(broken)} unreadable pictures were replaced by their neighbours")
         draw(model, val or train, run, args)
         report(encoder, train, val, run, args)
 
@@ -137,7 +142,7 @@ def draw(model, data, run, args, count=10):
 
 @torch.no_grad()
 def features(encoder, data, run, size, count):
-    """Features (M, D), the mean of the patch tokens, and labels (M,) of `count` labelled pictures, always the same ones."""
+    """Features (M, D), the mean patch token (our choice), and labels (M,) of `count` labelled pictures, always the same ones."""
     index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     index = index[data.labels.cpu()[index] >= 0][:count]
     found = []
@@ -162,11 +167,11 @@ def linear(bank, labels, queries, classes, ridge=10.0):
 def report(encoder, train, val, run, args):
     """Says and logs how well frozen features tell the classes apart, beside those of the encoder as it was before training."""
     if not args.bank or val is None or len(set(train.labels[:len(train)].tolist()) - {-1}) < 2:
-        return run.say("accuracy: not measured; it needs labelled pictures in train/ and val/, and --bank above 0")
+        return run.say("accuracy: not measured; it needs pictures of two classes or more in train/ and val/, and --bank above 0")
     share = {}
     for name, vit in (("trained", encoder), ("untrained", build(args)[0].to(run.device))):
         bank, labels = features(vit.eval(), train, run, args.size, args.bank)
-        queries, truth = features(vit, val, run, args.size, args.bank // 2)
+        queries, truth = features(vit, val, run, args.size, args.bank // 2 + 1)
         for judge in (knn, linear):
             share[judge.__name__, name] = (judge(bank, labels, queries, len(train.classes)) == truth).float().mean().item()
     for judge in ("linear", "knn"):
@@ -187,7 +192,8 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is the 
 
 def options():
     parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. What is left out comes from a "
-                                     "preset: scenes (no --data), small (torchvision's small sets) or imagenet, the paper's.")
+                                     "preset: scenes (no --data), small (torchvision's small sets) or imagenet, the paper's. "
+                                     "In brackets: the paper's value, or the default.")
     switch = argparse.BooleanOptionalAction
 
     data = parser.add_argument_group("data").add_argument
@@ -237,7 +243,8 @@ def main(arguments=None):
     if args.patch > args.size:
         raise Problem(f"--patch {args.patch} is larger than the pictures, {args.size} pixels")
     if not (0 < args.mask_ratio < 1 and int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))):
-        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible")
+        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of "
+                      f"{(args.size // args.patch) ** 2}")
     pretrain(args)
 
 if __name__ == "__main__":

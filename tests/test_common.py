@@ -967,9 +967,11 @@ def test_the_data_selects_a_preset_and_a_flag_wins(tmp_path):
 def test_resuming_takes_what_is_not_given_from_the_run_before(tmp_path):
     args = dict(data="mnist", lr=0.7, batch=48, size=28, seed=5, resume=False, overwrite=True, out="elsewhere")
     torch.save({"args": args}, tmp_path / "last.pt")
-    resumed = settings(options(tmp_path), PRESETS, ["--resume", "--batch", "96"])
-    assert (resumed.data, resumed.lr, resumed.seed, resumed.size, resumed.batch) == ("mnist", 0.7, 5, 28, 96)
+    resumed = settings(options(tmp_path), PRESETS, ["--resume", "--lr", "0.9"])
+    assert (resumed.data, resumed.lr, resumed.seed, resumed.size, resumed.batch) == ("mnist", 0.9, 5, 28, 48)
     assert resumed.resume and not resumed.overwrite and resumed.out == str(tmp_path)
+    with pytest.raises(Problem, match="--batch 48, not 96"):                                # it decides what a step is
+        settings(options(tmp_path), PRESETS, ["--resume", "--batch", "96"])
 
 @pytest.mark.parametrize("name", ["batch", "size", "epochs", "patch", "micro-batch", "limit"])
 @pytest.mark.parametrize("value", ["0", "-3"])
