@@ -182,7 +182,7 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder, dim=512, depth=8, heads=16):
         super().__init__()
-        self.decoder_embed = nn.Linear(encoder.dim, dim)
+        self.grid, self.decoder_embed = encoder.grid, nn.Linear(encoder.dim, dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.decoder_pos_embed = fixed_positions(dim, encoder.grid)
         self.decoder_blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
@@ -254,25 +254,38 @@ class Pictures:
     """A data set in memory: images uint8 (M, C, H, W), labels (M,) with −1 for unknown, class names, each channel's mean and std
     (0 … 255) and, where they are known, foreground masks bool (M, H, W)."""
 
-    limit = None                                                                            # only the first so many are used
-
     def __init__(self, images, labels, classes, masks=None):
         self.images, self.labels, self.classes, self.masks = images, labels, list(classes), masks
         self.channels, self.size, few = images.shape[1], tuple(images.shape[2:]), images[:5_000].float()
         self.mean, self.std = few.mean((0, 2, 3))[:, None, None], few.std((0, 2, 3))[:, None, None].clamp(min=1)
 
     def __len__(self):
-        return min(len(self.labels), self.limit or len(self.labels))
+        return len(self.labels)
+
+    def pick(self, index):
+        """Keeps only the pictures of these numbers (M',)."""
+        for name in ("images", "labels", "masks", "paths"):
+            if getattr(self, name, None) is not None:
+                setattr(self, name, getattr(self, name)[index])
+
+    def few(self, count, seed):
+        """Keeps `count` pictures of each class, which ones is decided by `seed`. Raises Problem when a class has fewer."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        each = [order[self.labels[order] == k][:count] for k in range(len(self.classes))]
+        if short := [f"{name} {len(found)}" for name, found in zip(self.classes, each) if len(found) < count]:
+            raise Problem(f"there are not {count} pictures of each class: {', '.join(short[:5])}")
+        self.pick(torch.cat(each))
 
     def normalise(self, images):
         """Pixels 0 … 255 (B, C, H, W) → float with about zero mean and unit variance, on their device."""
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return (images.float() - self.mean) / self.std
 
-    def stream(self, plan, run, size, scale=None):
+    def stream(self, plan, run, size, scale=None, change=None):
         """Yields a batch for each (picture numbers (b,), seed) of the plan, on the run's device: images (b, C, h, w) normalised,
         labels (b,), masks (b, h, w) or None. With `scale`, the smallest share of the area that a random crop takes, torch is
-        given the seed first, so that crops and whatever the model draws next repeat; without, the pictures come whole."""
+        given the seed first, so that crops and whatever the model draws next repeat; without, the pictures come whole. `change`
+        (uint8 (C, h, w) → the same) comes after the crop, picture by picture."""
         for name in ("images", "labels", "masks"):                                          # the whole set moves to the device
             setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to(run.device))
         for index, seed in plan:
@@ -281,6 +294,8 @@ class Pictures:
             if scale:
                 torch.manual_seed(seed)
                 images, masks = random_crops(images, masks, pair(size), scale)
+                if change:
+                    images = torch.stack([change(image) for image in images.round().clamp(0, 255).byte()])
             elif pair(size) != self.size:
                 resize = lambda x: F.interpolate(x.float(), size, mode="bicubic", antialias=True)
                 images, masks = resize(images), None if masks is None else resize(masks[:, None])[:, 0] > 0.5
@@ -298,18 +313,16 @@ class Scenes(Pictures):
         self.boxes = torch.stack([side for pair in zip(*sides) for side in pair], dim=1)
 
 class Files(Pictures):
-    """A data set decoded when it is needed, by DataLoader workers, from `paths` or a torchvision data set; else as `Pictures`."""
+    """Picture files, decoded when they are needed by DataLoader workers; else as `Pictures`."""
 
-    def __init__(self, paths, labels, classes, source=None):
-        self.paths, self.labels, self.classes, self.source = np.array(paths), torch.as_tensor(labels), list(classes), source
-        self.channels, self.size, self.masks, self.broken = 3, (224, 224), None, set()
+    def __init__(self, paths, labels, classes):
+        self.paths, self.labels, self.classes = np.array(list(map(os.fsencode, paths))), torch.as_tensor(labels), list(classes)
+        self.channels, self.size, self.broken = 3, (224, 224), set()
         self.mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]                  # ImageNet's
         self.std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
 
     def read(self, i):
         """→ uint8 (3, H, W); grey, palette, alpha and CMYK become RGB. Raises RuntimeError or OSError for a broken picture."""
-        if self.source is not None:
-            return v2.functional.pil_to_tensor(self.source[i][0].convert("RGB"))
         data = torch.from_numpy(np.fromfile(os.fsdecode(self.paths[i]), np.uint8))          # read_file trips over odd names
         image = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
         return v2.functional.to_dtype(image, torch.uint8, scale=True)                       # from 16-bit PNG
@@ -327,10 +340,11 @@ class Files(Pictures):
         torch.manual_seed(seed)
         return self.transform(image), self.labels[j % len(self)], seed, -1 if i == j else i
 
-    def stream(self, plan, run, size, scale=None):
+    def stream(self, plan, run, size, scale=None, change=None):
         smooth = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         self.transform = v2.Compose(
-            [v2.RandomResizedCrop(pair(size), (scale, 1.0), **smooth), v2.RandomHorizontalFlip()] if scale else
+            [v2.RandomResizedCrop(pair(size), (scale, 1.0), **smooth), v2.RandomHorizontalFlip(), change or v2.Identity()]
+            if scale else
             [v2.Resize(round(min(pair(size)) * 256 / 224), **smooth), v2.CenterCrop(pair(size))])
         keys = ([(i, seed_of(seed, i)) for i in index.tolist()] for index, seed in plan)
         for images, labels, seeds, broken in torch.utils.data.DataLoader(
@@ -357,14 +371,14 @@ def open_data(name=None, root="data", size=64, seed=0, limit=None):
     elif os.path.isdir(os.path.join(name, "train")):
         train, val = folder(os.path.join(name, "train")), os.path.join(name, "val")
         parts = [train, folder(val, train.classes) if os.path.isdir(val) else None]
-    elif os.path.isdir(name):
+    elif os.path.exists(name):
         parts = [folder(name), None]
     else:
         near = difflib.get_close_matches(name.lower(), [*IN_MEMORY, *DECODED], 1)
         raise Problem(f"--data {name} is neither a folder nor a data set's name; " + (
             f"did you mean {near[0]}?" if near else f"the names are {', '.join([*IN_MEMORY, *DECODED])}"))
     for part in filter(None, parts):
-        part.limit = limit
+        part.pick(slice(limit))
     return parts
 
 def torchvision_part(name, root, held_out):
@@ -374,16 +388,17 @@ def torchvision_part(name, root, held_out):
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         raise Problem(f"{name} is not whole in {root}, and downloading it failed: {(str(error) or repr(error)).splitlines()[0]}")
     if name in DECODED:
-        labels = source._labels if hasattr(source, "_labels") else [label for _, label in source._samples]
-        return Files([f"{name} {split['split']} {i}" for i in range(len(labels))], labels, source.classes, source)
+        paths, labels = zip(*source._samples) if name == "imagenette" else (
+            source._images if name == "pets" else source._image_files, source._labels)
+        return Files(paths, labels, source.classes)
     images = torch.as_tensor(source.data)
     images = images[:, None] if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
     labels = torch.as_tensor(source.targets if hasattr(source, "targets") else source.labels)
     return Pictures(images.contiguous(), labels.long(), source.classes)
 
 def folder(root, classes=None):
-    """All pictures below a folder → Files. Its sub-folders are classes when there are several and no picture lies outside."""
-    paths, seen = [], set()
+    """All pictures below a folder, or one file → Files. Sub-folders are classes if there are several and hold all pictures."""
+    paths, seen = [root] * os.path.isfile(root), set()
     for here, folders, names in os.walk(root, followlinks=True):
         if os.path.realpath(here) in seen:                                                  # a link that leads back up
             folders.clear()
@@ -399,7 +414,7 @@ def folder(root, classes=None):
     number = {name: k for k, name in enumerate(names)} if len(names) > 1 else {}
     if classes and not all(top and top[0] in number for top in tops):
         raise Problem(f"{root} has pictures outside the training set's classes {', '.join(classes[:5])} …")
-    return Files([os.fsencode(path) for path in paths], [number.get(*top, -1) if top else -1 for top in tops], number)
+    return Files(paths, [number.get(*top, -1) if top else -1 for top in tops], number)
 
 def crop_weights(start, length, source, size):
     """Weights (B, size, source) that resample `length` pixels from `start` on, both (B,), to `size` pixels: Keys' cubic with
@@ -431,8 +446,8 @@ class Batches:
     """The pictures of every step, a function of (seed, step, place in the global batch) alone: a run goes on anywhere, and the
     micro-batches are the same whether one process takes four in turn or four processes take one each."""
 
-    def __init__(self, data, run, size, scale):
-        self.data, self.run, self.size, self.scale, self.batches = data, run, size, scale, None
+    def __init__(self, data, run, size, scale, change=None):
+        self.data, self.run, self.view, self.batches = data, run, (size, scale, change), None
         self.per_epoch = max(1, len(data) // run.args.batch)                                # a smaller last batch is left out
 
     def plan(self, first):
@@ -448,7 +463,7 @@ class Batches:
 
     def at(self, step):
         """Yields this process's micro-batches of a step, as `Pictures.stream` does."""
-        self.batches = self.batches or self.data.stream(self.plan(step), self.run, self.size, self.scale)
+        self.batches = self.batches or self.data.stream(self.plan(step), self.run, *self.view)
         for i in range(self.run.accumulate):
             for model in self.run.wrapped:                                                  # gradients are exchanged once a step
                 model.require_backward_grad_sync = i + 1 == self.run.accumulate
@@ -465,54 +480,13 @@ def save_sheet(path, rows):
     sheet = np.concatenate([np.asarray(strip) for strip in strips])
     Image.fromarray(sheet).save(path)
 
-# --------------------------------------------------------------------------------------------------------------------- run
-
-def settings(parser, presets, arguments=None):
-    """Parses the command line. What it leaves open comes from the run to resume, else from the preset that --data selects."""
-    def refuse(message):
-        raise Problem(f"{message} (--help lists the options)")
-
-    parser.error = refuse
-    args = parser.parse_args(arguments)
-    if args.resume and args.overwrite:
-        refuse("--resume goes on with a run and --overwrite drops it: give one of them")
-    if args.resume and os.path.exists(f"{args.out}/last.pt"):
-        old = read_checkpoint(f"{args.out}/last.pt").get("args", {})
-        parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
-        args = parser.parse_args(arguments)
-        for name in ("data", "limit", "size", "batch", "seed"):                             # they decide what a step is
-            if name in old and getattr(args, name) != old[name]:
-                refuse(f"the run to resume has --{name} {old[name]}, not {getattr(args, name)}: leave it out")
-    preset = presets["scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"]
-    args = Namespace(**{name: preset.get(name) if value is None else value for name, value in vars(args).items()})
-    least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, decoder_depth=0,
-                 workers=0, seed=0, lr=0, warmup=0, weight_decay=0, save_every=0, bank=0)
-    for name, low in least.items():
-        if (value := getattr(args, name, None)) is not None and not low <= value < 2 ** 63:
-            refuse(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
-    if not 0 < getattr(args, "crop", 1) <= 1:
-        refuse(f"--crop must be above 0 and at most 1, not {args.crop}")
-    return args
-
-def schedule(step, warmup, total):
-    """Share of the peak learning rate at a step: up in a straight line over `warmup` steps, then down half a cosine to 0."""
-    if step < warmup:
-        return min(1.0, (step + 1) / warmup)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-def adamw(model, weight_decay, betas=(0.9, 0.95)):
-    """Fused AdamW that does not decay biases, norms, tokens and positions. (MAE's released code spares what is 1-D, so it does
-    decay its tokens, which are 3-D.)"""
-    groups = {True: dict(params=[], weight_decay=0.0), False: dict(params=[], weight_decay=weight_decay)}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups[p.ndim < 2 or name.endswith(("_token", "pos_embed"))]["params"].append(p)
-    return torch.optim.AdamW(groups.values(), lr=0.0, betas=betas, fused=True)
+# -------------------------------------------------------------------------------------------------------------- checkpoints
 
 def read_checkpoint(path):
     """→ the dictionary in a checkpoint file, on the CPU; runs no code in it. Raises Problem if there is none or it is broken."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([Namespace]):                                 # MAE's code saves its options as one
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Problem(f"there is no checkpoint {path}")
     except Exception as error:                                                              # zip, pickle, end of file …
@@ -533,6 +507,117 @@ def write_whole(path, write):
         if os.path.exists(f"{path}.part"):
             os.remove(f"{path}.part")
         raise Problem(f"could not write {path}: {error}" + ("; the one before it is whole" if os.path.exists(path) else ""))
+
+def weights_in(path, part="encoder", sign="patch_embed.proj.weight"):
+    """→ the encoder's or decoder's tensors by name, and the options or {}, from a file of this project, MAE's release or timm."""
+    saved = read_checkpoint(path)
+    args, state = saved.get("args") or {}, next((saved[name] for name in (part, "model", "state_dict") if name in saved), saved)
+    state = {name.removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
+    if sign not in state:
+        raise Problem(f"{path} has no {part} of this project, of MAE's release or of timm's VisionTransformer: it lacks {sign}")
+    return state, args if isinstance(args, dict) else vars(args)
+
+def vit_of(path):
+    """→ what the encoder in a checkpoint is, as `ViT` takes it: size, patch, channels, dim, depth, heads. Where the file does not
+    say, pictures are square and heads as in `VITS`, else 64 wide."""
+    state, args = weights_in(path)
+    (dim, channels, patch, _), places = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape[1] - 1
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    usual = next((vit["heads"] for vit in VITS.values() if (vit["dim"], vit["depth"]) == (dim, depth)), max(1, dim // 64))
+    return dict(size=args.get("size") or math.isqrt(places) * patch, patch=patch, channels=channels, dim=dim, depth=depth,
+                heads=(args.get("vit") or {}).get("heads", usual))
+
+def fill(module, state, path, table, grid, free):
+    """Puts tensors into a module; resizes its position `table` from a square grid to `grid`, as MAE does; → what was done."""
+    own, told = module.state_dict(), []
+    side = math.isqrt(state[table].shape[1] - 1)
+    if state[table].shape[1] != own[table].shape[1]:
+        if state[table].shape[1] != side * side + 1:
+            raise Problem(f"{path} has {state[table].shape[1] - 1} positions, not a square of them: cannot resize these")
+        square = state[table][:, 1:].unflatten(1, (side, -1)).permute(0, 3, 1, 2).float()       # (1, D, h, w)
+        square = F.interpolate(square, grid, mode="bicubic").flatten(2).transpose(1, 2)
+        state = state | {table: torch.cat([state[table][:, :1], square], dim=1)}
+        told = [f"positions resized from {side}×{side} to {grid[0]}×{grid[1]}"]
+    fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    for verb, names in (("left out", state.keys() - fits), ("new", own.keys() - fits)):
+        if strange := sorted(name for name in names if not name.startswith(free)):
+            raise Problem(f"{path} does not fit this model: {verb} would be {', '.join(strange[:4])} …")
+        told += [f"{verb}: {', '.join(sorted({name.split('.')[0] for name in names}))}"] * bool(names)
+    module.load_state_dict(fits, strict=False)
+    return "; ".join([f"{len(fits)} tensors from {path}", *told])
+
+def load_encoder(vit, path):
+    """Fills a ViT from a checkpoint of this project (any method), of MAE's release or of timm. → a line that says what was left
+    out, what keeps its fresh start (a head of other size, say), and whether positions were resized. Raises Problem when the
+    file is none of these, or its encoder has another patch, channel count, width, depth or number of heads."""
+    state, args = weights_in(path)
+    there, here = vit_of(path), dict(patch=vit.patch, channels=vit.channels, dim=vit.dim, depth=len(vit.blocks),
+                                     heads=vit.blocks[0].attn.heads)
+    if wrong := [name for name in here if here[name] != there[name] and (name != "heads" or "vit" in args)]:
+        raise Problem(f"{path} holds an encoder with " + ", ".join(f"{name} {there[name]} (here {here[name]})" for name in wrong)
+                      + "; it wants " + ", ".join(f"{name} {value}" for name, value in there.items()))
+    return fill(vit, state, path, "pos_embed", vit.grid, ("head.", "norm.", "fc_norm.", "decoder_", "mask_token"))
+
+def load_decoder(decoder, path):
+    """The same for a decoder; its encoder's weights in the same file are left out. Its blocks, width and patch must agree."""
+    state = {name: value for name, value in weights_in(path, "decoder", "decoder_embed.weight")[0].items()
+             if name.startswith(("decoder_", "mask_token"))}
+    return fill(decoder, state, path, "decoder_pos_embed", decoder.grid, ())
+
+# --------------------------------------------------------------------------------------------------------------------- run
+
+def settings(parser, preset, arguments=None):
+    """Parses the command line. What it leaves open comes from the run to resume, else from `preset(args, kind)`, a dictionary for
+    the kind of data: scenes, small or imagenet. `--out` is runs/<script>, and with a --task runs/<script>-<task>."""
+    def refuse(message):
+        raise Problem(f"{message} (--help lists the options)")
+
+    parser.error = refuse
+    args = parser.parse_args(arguments)
+    task, script = getattr(args, "task", "pretrain"), os.path.splitext(parser.prog)[0]
+    out = args.out or f"runs/{script}" + f"-{task}" * (task != "pretrain")
+    if args.resume and args.overwrite:
+        refuse("--resume goes on with a run and --overwrite drops it: give one of them")
+    old = read_checkpoint(f"{out}/last.pt").get("args", {}) if args.resume and os.path.exists(f"{out}/last.pt") else {}
+    if old:
+        parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
+        args = parser.parse_args(arguments)
+        for name in ("task", "data", "limit", "size", "batch", "seed", "labels"):           # they decide what a step is
+            if name in old and getattr(args, name) != old[name]:
+                refuse(f"the run to resume has --{name} {old[name]}, not {getattr(args, name)}: leave it out")
+    kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
+    given = {name: value for name, value in vars(args).items() if value is not None} | {"out": out}
+    args = Namespace(**vars(args) | ({} if old else preset(args, kind)) | given)
+    least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, decoder_depth=0,
+                 labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0, save_every=0, bank=0,
+                 mixup=0, cutmix=0)
+    shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing")
+    for name, value in vars(args).items():
+        if name in least and value is not None and not least[name] <= value < 2 ** 63:
+            refuse(f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
+        if name in shares and value is not None and not 0 <= value <= 1 or name == "crop" and value == 0:
+            refuse(f"--{name.replace('_', '-')} must lie between 0 and 1, not {value}")
+    return args
+
+def schedule(step, warmup, total):
+    """Share of the peak learning rate at a step: up in a straight line over `warmup` steps, then down half a cosine to 0."""
+    if step < warmup:
+        return min(1.0, (step + 1) / warmup)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+def adamw(model, weight_decay, betas=(0.9, 0.95), layer_decay=1.0):
+    """Fused AdamW that does not decay biases, norms, tokens and positions. (MAE's released code spares what is 1-D, so it does
+    decay its tokens, which are 3-D.) With `layer_decay` a ViT's earlier layers learn more slowly: embeddings and tokens are layer
+    0, block k is k + 1, norm and head depth + 1, and a layer's rate is layer_decay ** (depth + 1 − layer) of the full one."""
+    groups, top = {}, len(getattr(model, "blocks", ())) + 1
+    for name, p in model.named_parameters():
+        layer = (int(name.split(".")[1]) + 1 if name.startswith("blocks.") else
+                 0 if name.startswith(("patch_embed", "cls_token", "pos_embed")) else top)
+        spared = p.ndim < 2 or name.endswith(("_token", "pos_embed"))
+        if p.requires_grad:
+            groups.setdefault((layer, spared), dict(params=[], lr_scale=layer_decay ** (top - layer),
+                                                    weight_decay=0.0 if spared else weight_decay))["params"].append(p)
+    return torch.optim.AdamW(groups.values(), lr=0.0, betas=betas, fused=True)
 
 class Run:
     """What a training loop needs around it: processes, device, precision, learning rate, log, checkpoints. The loop stays the
@@ -569,7 +654,7 @@ class Run:
         self.accumulate = share // self.micro
         if self.accumulate * self.micro != share:
             raise Problem(f"--batch {args.batch} is {share} pictures a process, which --micro-batch {self.micro} does not divide")
-        self.step, self.seconds, self.stop, self.sums, self.kept, self.wrapped = 0, 0.0, 0, {}, {}, []
+        self.step, self.seconds, self.stop, self.sums, self.notes, self.kept, self.wrapped = 0, 0.0, 0, {}, {}, {}, []
         if self.rank == 0:
             self.claim()
 
@@ -596,11 +681,27 @@ class Run:
         if self.rank == 0:
             print(text, flush=True, **how)
 
+    def note(self, **values):
+        """Adds values to the epoch's line in log.jsonl as they are."""
+        self.notes |= values
+
+    def aside(self, work):
+        """→ work(), whose time does not count in images_per_s."""
+        start = time.time()
+        done = work()
+        self.mark = (self.mark[0] + time.time() - start, self.mark[1])
+        return done
+
     def write(self, **record):
         """Appends one JSON object to log.jsonl, from process 0 alone."""
         if self.rank == 0:
             with open(f"{self.out}/log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
+
+    def put(self, name, **things):
+        """Writes things to OUT/name, from process 0 alone."""
+        if self.rank == 0:
+            write_whole(f"{self.out}/{name}", lambda file: torch.save(things, file))
 
     def autocast(self):
         kind = torch.float16 if self.precision == "fp16" else torch.bfloat16
@@ -629,7 +730,7 @@ class Run:
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise Problem(f"{self.out}/last.pt does not fit this model: {' '.join(str(error).split())[:180]}")
             self.sums = {name: value.to(self.device) for name, value in sums.items()}
-        for name in ("last.pt", "log.jsonl") if self.rank == 0 and not self.args.resume else ():
+        for name in ("last.pt", "best.pt", "log.jsonl") if self.rank == 0 and not self.args.resume else ():
             if os.path.exists(f"{self.out}/{name}"):
                 os.remove(f"{self.out}/{name}")
         if self.rank == 0:
@@ -680,7 +781,8 @@ class Run:
         if ends or shown:
             line = (f"epoch {self.step / self.per_epoch:.{0 if ends else 1}f}/{self.args.epochs}  step {self.step}/{self.total}  "
                     f"loss {loss:.4f}  lr {self.lr:.1e}  {speed:.0f} images/s  "
-                    f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
+                    f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" + "".join(
+                        f"  {name} {value:.3f}" for name, value in self.notes.items() if isinstance(value, float)))
             self.say("\r" + f"{line}  "[:os.get_terminal_size().columns - 1] if shown else line, end="\n" if ends else "")
         if ends or stop or due:                                                             # what is saved is the mean of all
             for value in self.sums.values() if self.world > 1 else ():
@@ -688,8 +790,8 @@ class Run:
         if ends:
             self.write(step=self.step, epoch=self.step // self.per_epoch,
                        **{name: (value / done).tolist() for name, value in self.sums.items()},
-                       lr=self.lr, images_per_s=round(speed, 1), seconds=round(self.seconds + now - self.start, 1))
-            self.sums, self.mark = {}, (now, self.step)
+                       **self.notes, lr=self.lr, images_per_s=round(speed, 1), seconds=round(self.seconds + now - self.start, 1))
+            self.sums, self.notes, self.mark = {}, {}, (now, self.step)
         if stop or due or self.step == self.total:
             self.save()
         if stop:
@@ -706,8 +808,10 @@ class Run:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float() / self.accumulate
 
     def update(self, optimizer):
-        """One optimizer step at this step's learning rate: base × batch / 256 × `schedule`."""
-        self.lr = self.args.lr * self.args.batch / 256 * schedule(self.step, self.args.warmup * self.per_epoch, self.total)
+        """One optimizer step at this step's learning rate: base × batch / 256 × `schedule`, each group's × its lr_scale."""
+        warmup, floor = self.args.warmup * self.per_epoch, getattr(self.args, "min_lr", 0.0)
+        share = schedule(self.step, warmup, self.total)
+        self.lr = self.args.lr * self.args.batch / 256 * share + floor * (1 - share) * (self.step >= warmup)
         for group in optimizer.param_groups:
             group["lr"] = self.lr * group.get("lr_scale", 1.0)
         self.scaler.step(optimizer)
@@ -720,8 +824,7 @@ class Run:
             raise Problem(f"weights are not finite at step {self.step}: try a lower --lr; {self.out}/last.pt is from before")
         state = {name: thing.state_dict() for name, thing in self.kept.items()}
         state |= dict(step=self.step, seconds=self.seconds + start - self.start, sums=self.sums, args=vars(self.args))
-        if self.rank == 0:
-            write_whole(f"{self.out}/last.pt", lambda file: torch.save(state, file))
+        self.put("last.pt", **state)
         self.due = time.time() + max(self.args.save_every, 50 * (time.time() - start))
 
 def entry(main):

@@ -13,19 +13,21 @@ a quarter of the tokens.
     python mae.py                                           on two CPU cores, under three minutes, nothing to download
     python mae.py --data fashion-mnist --epochs 3           a small torchvision data set
     torchrun --nproc_per_node=8 mae.py --data /imagenet     the paper's recipe, ViT-B/16; also --model large, --model huge
+    python mae.py --task finetune --init runs/mae/last.pt   what the encoder is worth; also --task knn, probe, reconstruct
 
 Measured, first command (2 cores of an AMD EPYC, torch 2.15, seeds 0 1 2): 2 min 35 s; a linear classifier on the frozen features
 is right on 0.57 ± 0.03 of 3,000 new scenes, before training on 0.22, and on raw pixels on 0.17.
 """
 
-import argparse
+import argparse, os
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed as dist, nn
+from torchvision.transforms import v2
 
-from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, entry, keep_lowest, open_data, patchify, pixel_loss,
-                    save_sheet, settings, take, unpatchify)
+from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, entry, keep_lowest, load_decoder, load_encoder, open_data,
+                    patchify, pixel_loss, read_checkpoint, save_sheet, settings, take, unpatchify, vit_of, weights_in)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 # Each kind of mask is a score for every patch; the n lowest scores of a picture stay visible. So all kinds hide exactly as many.
@@ -106,9 +108,9 @@ def pretrain(args):
     optimizer = adamw(model := MAE(encoder, decoder, args.norm_pixels, args.masking), args.weight_decay)
     wrapped = run.wrap(model)                                                               # device, torch.compile, DDP
     run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)                         # in last.pt
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(f"{size:.1f} M parameters, {len(train)} pictures of {args.size} pixels a side, on {run.world} × {run.device.type} in "
-            f"{run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    run.say(f"{millions:.1f} M parameters, {len(train)} pictures of {args.size} pixels a side on {run.world} × {run.device.type} "
+            f"in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
 
     if len(train) < args.batch:
         run.say(f"--batch {args.batch} is more than there are pictures, each is seen several times a step: try a smaller one")
@@ -140,44 +142,210 @@ def draw(model, data, run, args, count=10):
         "original": pixels(images), f"{1 - args.mask_ratio:.0%} visible": pixels(masked), title: pixels(painted)})
     run.say(f"pictures: {run.out}/reconstruction.png")
 
+# -------------------------------------------------------------------------------------------------------------- evaluation
+
 @torch.no_grad()
-def features(encoder, data, run, size, count):
-    """Features (M, D), the mean patch token (our choice), and labels (M,) of `count` labelled pictures, always the same ones."""
+def features(encoder, data, run, args, count=None):
+    """Features (M, D) and labels (M,) of all labelled pictures, or of `count`, always the same ones. A feature is the mean patch
+    token (our choice), or with --pool cls the class token."""
     index = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    index = index[data.labels.cpu()[index] >= 0][:count]
-    found = []
-    for images, labels, _ in data.stream(((part, 0) for part in index.split(250)), run, size):
+    index, found = index[data.labels.cpu()[index] >= 0][:count], []
+    for images, labels, _ in data.stream(((part, 0) for part in index.split(250)), run, args.size):
         with run.autocast():
-            found.append((encoder.encode(encoder.embed(images))[:, 1:].float().mean(1), labels))
+            tokens = encoder.encode(encoder.embed(images)).float()                          # (b, 1+N, D)
+        found.append((tokens[:, 0] if args.pool == "cls" else tokens[:, 1:].mean(1), labels))
     return [torch.cat(parts) for parts in zip(*found)]
 
 def knn(bank, labels, queries, classes, k=20, temperature=0.07):
-    """Features (M, D) with labels (M,) and queries (Q, D) → predicted classes (Q,): a vote of the k nearest by cosine, each with
-    weight exp(cosine / temperature). Our choice: the paper does not use k-NN."""
-    similarity, nearest = (F.normalize(queries) @ F.normalize(bank).T).topk(min(k, len(bank)))      # (Q, k)
-    votes = torch.zeros(len(queries), classes, device=bank.device)
-    return votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp()).argmax(1)
+    """Features (M, D) with labels (M,) and queries (Q, D) → scores (Q, K): a vote of the k nearest by cosine, each with weight
+    exp(cosine / temperature). Our choice: the paper does not use k-NN."""
+    bank, scores = F.normalize(bank).T, []
+    for part in F.normalize(queries).split(1_000):
+        similarity, nearest = (part @ bank).topk(min(k, bank.shape[1]))                     # (q, k)
+        votes = torch.zeros(len(part), classes, device=bank.device)
+        scores.append(votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp()))
+    return torch.cat(scores)
 
 def linear(bank, labels, queries, classes, ridge=10.0):
     """As `knn`, by the linear map closest to the one-hot labels in least squares: a quick probe in closed form, our choice."""
     x, q = (F.pad((part - bank.mean(0)) / (bank.std(0) + 1e-6), (0, 1), value=1.0).double() for part in (bank, queries))
     weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).to(x), x.T @ F.one_hot(labels, classes).double())
-    return (q @ weights).argmax(1)
+    return q @ weights
 
 def report(encoder, train, val, run, args):
     """Says and logs how well frozen features tell the classes apart, beside those of the encoder as it was before training."""
-    if not args.bank or val is None or len(set(train.labels[:len(train)].tolist()) - {-1}) < 2:
+    if not args.bank or val is None or len(set(train.labels.tolist()) - {-1}) < 2:
         return run.say("accuracy: not measured; it needs pictures of two classes or more in train/ and val/, and --bank above 0")
-    share = {}
+    share, classes = {}, len(train.classes)
     for name, vit in (("trained", encoder), ("untrained", build(args)[0].to(run.device))):
-        bank, labels = features(vit.eval(), train, run, args.size, args.bank)
-        queries, truth = features(vit, val, run, args.size, args.bank // 2 + 1)
+        bank, labels = features(vit.eval(), train, run, args, args.bank)
+        queries, truth = features(vit, val, run, args, args.bank // 2 + 1)
         for judge in (knn, linear):
-            share[judge.__name__, name] = (judge(bank, labels, queries, len(train.classes)) == truth).float().mean().item()
+            share[judge.__name__, name] = (judge(bank, labels, queries, classes).argmax(1) == truth).float().mean().item()
     for judge in ("linear", "knn"):
         run.say(f"{judge} accuracy of the frozen features: {share[judge, 'trained']:.3f}, before training "
-                f"{share[judge, 'untrained']:.3f}, chance {1 / len(train.classes):.3f}")
+                f"{share[judge, 'untrained']:.3f}, chance {1 / classes:.3f}")
     run.write(step=run.step, epoch=args.epochs, **{f"{judge}_{name}": value for (judge, name), value in share.items()})
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum in which a weight matrix moves by a fixed share of its own length (appendix A.1, after 1708.03888):
+    v ← momentum · v + g · trust · |w| / |g|, w ← w − lr · v. Biases take their gradient as it is."""
+
+    def __init__(self, params, trust=0.001, momentum=0.9):
+        super().__init__(params, dict(lr=0.0, trust=trust, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                step, length, slope = p.grad, p.norm(), p.grad.norm()
+                if p.ndim > 1:
+                    step = step * torch.where((length > 0) & (slope > 0), group["trust"] * length / slope, 1.0)
+                state = self.state[p]
+                state["speed"] = step.clone() if "speed" not in state else state["speed"].mul_(group["momentum"]).add_(step)
+                p.sub_(group["lr"] * state["speed"])
+
+def labelled(run, args):
+    """→ training and validation set, each with labels; of the first, with --labels, only so many pictures of each class."""
+    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    if val is None or len(set(train.labels.tolist()) - {-1}) < 2:
+        raise Problem(f"--task {args.task} needs labels: a folder with train/CLASS/… and val/CLASS/…, or a torchvision name")
+    train.pick((train.labels >= 0).nonzero()[:, 0])
+    if args.labels:
+        train.few(args.labels, args.seed)
+    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
+    return train, val
+
+def classifier(args, classes):
+    """→ a ViT with the head for --task. Probe (appendix A.1): only the head learns, behind a BatchNorm without weights.
+    Fine-tuning: everything, or with --train-blocks the last blocks, the last norm and the head (section 4.3, figure 9)."""
+    torch.manual_seed(args.seed)
+    vit = ViT(args.size, args.patch, args.channels, **args.vit, classes=classes, pool=args.pool, drop_path=args.drop_path)
+    first = 0 if args.train_blocks is None else len(vit.blocks) - args.train_blocks
+    if first < 0:
+        raise Problem(f"--train-blocks {args.train_blocks}: the encoder has {len(vit.blocks)}")
+    learns = ("head", "fc_norm", "norm", *(f"blocks.{k}." for k in range(first, len(vit.blocks))))
+    if args.task == "probe":
+        learns, vit.head = "head", nn.Sequential(nn.BatchNorm1d(vit.dim, affine=False, eps=1e-6), vit.head)
+    for name, p in vit.named_parameters():                                                  # positions too, as in MAE's code
+        p.requires_grad_(name.startswith(learns) or args.task == "finetune" and args.train_blocks is None)
+    head = vit.head[1] if args.task == "probe" else vit.head
+    nn.init.trunc_normal_(head.weight, std=0.01 if args.task == "probe" else 2e-5)
+    return vit
+
+def classify(args):
+    """--task probe and --task finetune: trains a classifier on an encoder, or from scratch; with --eval only measures."""
+    run = Run(args)
+    train, val = labelled(run, args)
+    model, probe, told = classifier(args, classes := len(train.classes)), args.task == "probe", ""
+    if args.init and not args.resume:
+        run.say(told := load_encoder(model, args.init))
+    if args.eval and "head" in told.partition("new: ")[2]:
+        raise Problem(f"{args.init} has no {args.task} head for these {classes} classes: train one, without --eval")
+    optimizer = LARS(model.head.parameters()) if probe else adamw(model, args.weight_decay, (0.9, 0.999), args.layer_decay)
+    wrapped = run.wrap(model)
+    run.keep(encoder=model, optimizer=optimizer)
+    if args.eval:
+        return finish(*measure(model, val, run, args), train.classes, run, args)
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    run.say(f"{learns:.3f} M parameters learn from {len(train)} pictures of {classes} classes on {run.world} × {run.device.type} "
+            f"in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
+
+    change = v2.RandAugment(2, args.randaugment) if args.randaugment else None              # one picture at a time, uint8
+    erase = v2.RandomErasing(args.erasing or 0, value="random")                             # noise of each pixel's own
+    mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    batches = Batches(train, run, args.size, args.crop, change)
+    pause, found = max(1, len(val) // (batches.per_epoch * args.batch)), None               # epochs between validations
+    best = read_checkpoint(f"{run.out}/best.pt")["top1"] if args.resume and os.path.exists(f"{run.out}/best.pt") else -1.0
+    for step in run.steps(batches.per_epoch):
+        for images, labels, _ in batches.at(step):                                          # (b, C, H, W), (b,) a micro-batch
+            if args.erasing:
+                images = torch.stack([erase(image) for image in images])
+            if mixes:                                                                       # labels become (b, K)
+                images, labels = v2.RandomChoice(mixes)(images, labels)
+            with run.autocast():
+                loss = F.cross_entropy(wrapped(images), labels, label_smoothing=args.label_smoothing)
+            run.backward(loss)
+            run.log(loss=loss)
+        run.update(optimizer)
+        epoch, rest = divmod(step + 1, batches.per_epoch)
+        if rest == 0 and (epoch % pause == 0 or epoch == args.epochs):
+            found = run.aside(lambda: measure(model, val, run, args))
+            run.note(top1=found[0], top5=found[1])
+            if found[0] > best:
+                best = found[0]
+                run.put("best.pt", encoder=model.state_dict(), top1=best, step=step + 1, args=vars(args))
+    finish(*(found or measure(model, val, run, args)), train.classes, run, args, best_top1=best)
+
+def count(scores, labels):
+    """Scores (b, K), labels (b,) → confusion (K, K), truth in rows and answers in columns, and how often (1,) the truth was among
+    the five highest scores (of all K where there are fewer)."""
+    classes = scores.shape[1]
+    highest = scores.topk(min(5, classes)).indices                                          # (b, 5)
+    confusion = torch.bincount(labels * classes + highest[:, 0], minlength=classes ** 2).view(classes, classes)
+    return confusion, (highest == labels[:, None]).sum().view(1)
+
+@torch.no_grad()
+def measure(model, data, run, args):
+    """→ top-1, top-5, confusion (K, K) over a data set. Each process takes its own pictures, so that none is counted twice."""
+    model.eval()
+    index = torch.arange(len(data))[data.labels.cpu() >= 0][run.rank::run.world]
+    sums = [torch.zeros(size, dtype=torch.long, device=run.device) for size in ((len(data.classes), len(data.classes)), (1,))]
+    for images, labels, _ in data.stream(((part, 0) for part in index.split(run.micro)), run, args.size):
+        with run.autocast():
+            scores = model(images)
+        for total, part in zip(sums, count(scores, labels)):
+            total += part
+    for total in sums if run.world > 1 else ():
+        dist.all_reduce(total)
+    model.train()
+    return *(part.sum().item() / sums[0].sum().item() for part in (sums[0].diag(), sums[1])), sums[0]
+
+def finish(top1, top5, confusion, classes, run, args, **more):
+    """Says and logs an evaluation's result: a confusion table for up to 20 classes, else the classes most often wrong."""
+    right, names = confusion.diag() / confusion.sum(1).clamp(min=1), [str(name)[:9] for name in classes]
+    run.say(f"{args.task}: top-1 {top1:.4f}, top-5 {top5:.4f} of {confusion.sum()} pictures" + "".join(
+        f", {name} {value:.4f}" for name, value in more.items()))
+    if len(names) <= 20:
+        run.say("\n".join(f"{name:>10}" + "".join(f"{cell:>10}" for cell in row) for name, row in
+                          [("truth", names), *zip(names, confusion.tolist())]))
+    else:
+        run.say("least often right: " + ", ".join(f"{names[k]} {right[k]:.2f}" for k in right.argsort()[:5]))
+    run.write(step=run.step, task=args.task, top1=top1, top5=top5, **more, class_accuracy=[round(x, 4) for x in right.tolist()])
+
+def nearest(args):
+    """--task knn: a vote of the 20 nearest training pictures, by the features of the frozen encoder."""
+    run = Run(args)
+    train, val = labelled(run, args)
+    torch.manual_seed(args.seed)
+    encoder = ViT(args.size, args.patch, args.channels, **args.vit)
+    if args.init:
+        run.say(load_encoder(encoder, args.init))
+    run.keep()
+    if run.rank == 0:
+        bank, labels = features(encoder.to(run.device).eval(), train, run, args)
+        queries, truth = features(encoder, val, run, args)
+        confusion, five = count(knn(bank, labels, queries, len(train.classes)), truth)
+        finish(confusion.diag().sum().item() / len(truth), five.item() / len(truth), confusion, train.classes, run, args)
+
+def reconstruct(args):
+    """--task reconstruct: draws what a pre-trained model makes of pictures."""
+    run = Run(args)
+    data = [part for part in open_data(args.data, args.root, args.size, args.seed, args.limit) if part][-1]
+    if data.channels != args.channels:
+        raise Problem(f"{args.init} was trained on pictures of {args.channels} channel(s), these have {data.channels}")
+    if args.norm_pixels is None:
+        run.say("the file does not say whether it was trained with norm_pixels: drawn as if; if grey or odd, --no-norm-pixels")
+        args.norm_pixels = True
+    if args.mean:                                                                           # of the pictures it was trained on
+        data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
+    model = MAE(*build(args), args.norm_pixels, args.masking).to(run.device)
+    run.say(load_encoder(model.encoder, args.init))
+    run.say(load_decoder(model.decoder, args.init))
+    run.keep()
+    draw(model, data, run, args)
+
+TASKS = {"pretrain": pretrain, "knn": nearest, "probe": classify, "finetune": classify, "reconstruct": reconstruct}
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
@@ -188,7 +356,37 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is the 
                   bank=20_000, epochs=50, batch=64, lr=8e-3, warmup=0.5),
     "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
                      bank=20_000, epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
+    "probe scenes": dict(pool="mean", epochs=10, batch=256, lr=0.4, warmup=1.0),
+    "probe small": dict(pool="mean", epochs=10, batch=256, lr=0.4, warmup=1.0),
+    "probe imagenet": dict(pool="cls", epochs=90, batch=16384, lr=0.1, warmup=10.0, crop=0.08),
+    "probe imagenet large": dict(epochs=50),
+    "probe imagenet huge": dict(epochs=50),
+    "finetune scenes": dict(pool="mean", epochs=10, batch=64, lr=4e-3, warmup=1.0, layer_decay=0.75, drop_path=0.1),
+    "finetune small": dict(pool="mean", epochs=10, batch=64, lr=4e-3, warmup=1.0, layer_decay=0.75, drop_path=0.1),
+    "finetune imagenet": dict(pool="mean", epochs=100, batch=1024, lr=5e-4, min_lr=1e-6, warmup=5.0, crop=0.08, layer_decay=0.65,
+                              drop_path=0.1, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25),
+    "finetune imagenet large": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "finetune imagenet huge": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
 }
+
+def preset(args, kind):
+    """→ the values of options left open, for a kind of data: those of the task go before, then what is in --init."""
+    chosen = dict(pool="mean", drop_path=0.0, label_smoothing=0.0, layer_decay=1.0, min_lr=0.0) | PRESETS[kind]
+    chosen |= PRESETS.get(f"{args.task} {kind}", {})
+    if not args.init:
+        return chosen | (PRESETS.get(f"{args.task} {kind} {args.model}", {}))
+    there = vit_of(args.init)
+    model = next((name for name, vit in VITS.items() if all(there[part] == vit[part] for part in ("dim", "depth"))), None)
+    chosen |= PRESETS.get(f"{args.task} {kind} {args.model or model}", {}) | dict(
+        size=there["size"], patch=there["patch"], channels=there["channels"], model=None,
+        vit={part: there[part] for part in ("dim", "depth", "heads")})
+    if args.task == "reconstruct":
+        state, old = weights_in(args.init, "decoder", "decoder_embed.weight")
+        depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
+        chosen |= dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, mean=old.get("mean"),
+                       decoder_heads=old.get("decoder_heads", 16), norm_pixels=old.get("norm_pixels", old.get("norm_pix_loss")),
+                       std=old.get("std"))
+    return chosen
 
 def options():
     parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. What is left out comes from a "
@@ -223,29 +421,51 @@ def options():
     training("--weight-decay", type=float, default=0.05, help="of weight matrices (0.05)")
     training("--seed", type=int, default=0, help="decides weights, order, crops and masks (0)")
 
+    judge = parser.add_argument_group("evaluation; in brackets the paper's fine-tuning of ViT-B").add_argument
+    judge("--task", choices=TASKS, default="pretrain", help="what to do (pretrain)")
+    judge("--init", help="checkpoint with the encoder: of this project, of MAE's release or of timm; left out: from scratch")
+    judge("--eval", action="store_true", help="only measure what --init holds, head included")
+    judge("--labels", type=int, help="labelled pictures of each class to learn from (all)")
+    judge("--train-blocks", type=int, help="fine-tune only so many of the last blocks, and the head (all)")
+    judge("--pool", choices=("cls", "mean"), help="feature: class token or mean patch token (mean; probe of ImageNet cls)")
+    judge("--layer-decay", type=float, help="a layer's learning rate, as a share of the one's above it (0.65; L and H 0.75)")
+    judge("--drop-path", type=float, help="probability that the last block is left out (0.1; L 0.2, H 0.3)")
+    judge("--label-smoothing", type=float, help="share of the target given to all classes alike (0.1)")
+    judge("--mixup", type=float, help="alpha of mixup (0.8)")
+    judge("--cutmix", type=float, help="alpha of cutmix; with both, one of them at random for each micro-batch (1.0)")
+    judge("--erasing", type=float, help="probability that a random rectangle becomes noise (0.25)")
+    judge("--randaugment", type=int, help="magnitude of two random changes to every picture (9)")
+    judge("--min-lr", type=float, help="where the cosine ends (1e-6)")
+
     machine = parser.add_argument_group("run").add_argument
-    machine("--out", default="runs/mae", help="folder for last.pt, log.jsonl, args.json and pictures (runs/mae)")
+    machine("--out", help="folder for last.pt, log.jsonl, args.json and pictures (runs/mae, or runs/mae-TASK)")
     machine("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
     machine("--overwrite", action="store_true", help="start again in a folder that holds a run")
     machine("--save-every", type=float, default=30.0, help="seconds between checkpoints, at least (30)")
-    machine("--bank", type=int, help="labelled pictures that the accuracy at the end learns from, 0: none (not in the paper)")
+    machine("--bank", type=int, help="labelled pictures that pre-training's accuracy learns from, 0: none (not in the paper)")
     machine("--device", help="cuda, cpu … (cuda if there is one)")
     machine("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (bf16 on GPUs that have it, fp32 on CPUs)")
     machine("--compile", action=switch, help="torch.compile the model (on GPUs)")
     return parser
 
 def main(arguments=None):
-    args = settings(options(), PRESETS, arguments)
+    args = settings(options(), preset, arguments)
+    if args.task == "reconstruct" and not args.init:
+        raise Problem("--task reconstruct needs --init, a checkpoint with encoder and decoder")
+    if args.task == "pretrain" and args.init:
+        raise Problem("--init goes with a --task: knn, probe, finetune or reconstruct")
+    if args.eval and not (args.init and args.task in ("probe", "finetune")):
+        raise Problem("--eval measures a classifier: it goes with --init and --task probe or finetune")
     args.size = args.size or {"stl10": 96}.get(args.data, 32 if "cifar" in args.data else 28)
-    args.vit = dict(VITS[args.model])
-    args.patch = args.patch or next((p for p in (4, 8) if args.size // p <= 12), args.vit["patch"])
-    del args.vit["patch"]
+    if args.model:
+        args.vit = {part: VITS[args.model][part] for part in ("dim", "depth", "heads")}
+        args.patch = args.patch or next((p for p in (4, 8) if args.size // p <= 12), VITS[args.model]["patch"])
     if args.patch > args.size:
         raise Problem(f"--patch {args.patch} is larger than the pictures, {args.size} pixels")
     if not (0 < args.mask_ratio < 1 and int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))):
         raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of "
                       f"{(args.size // args.patch) ** 2}")
-    pretrain(args)
+    TASKS[args.task](args)
 
 if __name__ == "__main__":
     entry(main)
