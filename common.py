@@ -5,7 +5,7 @@ patches, D width, H heads, P patch side, C channels, T tokens, M pictures in a d
 """
 
 import difflib, hashlib, json, math, os, signal, sys, time
-from argparse import Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import OrderedDict
 
 import numpy as np
@@ -398,7 +398,8 @@ def torchvision_part(name, root, held_out):
 
 def folder(root, classes=None):
     """All pictures below a folder, or one file → Files. Sub-folders are classes if there are several and hold all pictures."""
-    paths, seen = [root] * os.path.isfile(root), set()
+    kinds = (".jpg", ".jpeg", ".png", ".webp")
+    paths, seen = [root] * (os.path.isfile(root) and root.lower().endswith(kinds)), set()
     for here, folders, names in os.walk(root, followlinks=True):
         if os.path.realpath(here) in seen:                                                  # a link that leads back up
             folders.clear()
@@ -406,7 +407,7 @@ def folder(root, classes=None):
         seen.add(os.path.realpath(here))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [os.path.join(here, name) for name in sorted(names)
-                  if not name.startswith(".") and name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
+                  if not name.startswith(".") and name.lower().endswith(kinds)]
     if not paths:
         raise Problem(f"no .jpg, .jpeg, .png or .webp picture in {root} or below it")
     tops = [os.path.relpath(path, root).split(os.sep)[:-1][:1] for path in paths]           # [] outside sub-folders
@@ -566,6 +567,38 @@ def load_decoder(decoder, path):
 
 # --------------------------------------------------------------------------------------------------------------------- run
 
+def shared_options(script, description):
+    """→ a parser with the options that mean the same in all scripts, and a way to add a script's own to each of its groups."""
+    parser = ArgumentParser(script, description=f"{description} What is left out comes from a preset: scenes (no --data), small "
+                            "(torchvision's small sets) or imagenet. In brackets: the paper's value, or the default.")
+    add = {name: parser.add_argument_group(name).add_argument for name in ("data", "model", "training", "run")}
+    add["data"]("--data", help="a torchvision name (fashion-mnist, cifar10, stl10, imagenette …) or a folder; left out: scenes")
+    add["data"]("--root", default="data", help="folder that torchvision downloads to (data)")
+    add["data"]("--limit", type=int, help="only the first so many pictures, for a quick try")
+    add["data"]("--size", type=int, help="side of the pictures in pixels (224)")
+    add["data"]("--crop", type=float, help="smallest share of a picture's area that a random crop takes, 1: no crops (0.2)")
+    add["data"]("--workers", type=int, help="processes that decode pictures, for each training process (cores, at most 16)")
+    add["model"]("--model", choices=VITS, help="size of the encoder (base)")
+    add["model"]("--patch", type=int, help="side of a patch in pixels (16; huge 14)")
+    add["model"]("--decoder-dim", type=int, help="width of the decoder (512)")
+    add["model"]("--decoder-depth", type=int, help="blocks of the decoder (8)")
+    add["model"]("--decoder-heads", type=int, help="attention heads of the decoder (16)")
+    add["training"]("--epochs", type=int, help="times that every picture is seen (800)")
+    add["training"]("--batch", type=int, help="pictures a step, over all processes together (4096)")
+    add["training"]("--micro-batch", type=int, help="pictures a process takes at once; gradients add up (at most 256)")
+    add["training"]("--lr", type=float, help="peak learning rate for a batch of 256; × batch / 256 (1.5e-4)")
+    add["training"]("--warmup", type=float, help="epochs of linear warm-up (40)")
+    add["training"]("--weight-decay", type=float, default=0.05, help="of weight matrices (0.05)")
+    add["training"]("--seed", type=int, default=0, help="decides weights, order, crops and masks (0)")
+    add["run"]("--out", help="folder for last.pt, log.jsonl, args.json and pictures (runs/SCRIPT, with --task runs/SCRIPT-TASK)")
+    add["run"]("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
+    add["run"]("--overwrite", action="store_true", help="start again in a folder that holds a run")
+    add["run"]("--save-every", type=float, default=30.0, help="seconds between checkpoints, at least (30)")
+    add["run"]("--device", help="cuda, cpu … (cuda if there is one)")
+    add["run"]("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (bf16 on GPUs that have it; CPUs fp32)")
+    add["run"]("--compile", action=BooleanOptionalAction, help="torch.compile the model (on GPUs)")
+    return parser, add
+
 def settings(parser, preset, arguments=None):
     """Parses the command line. What it leaves open comes from the run to resume, else from `preset(args, kind)`, a dictionary for
     the kind of data: scenes, small or imagenet. `--out` is runs/<script>, and with a --task runs/<script>-<task>."""
@@ -597,6 +630,16 @@ def settings(parser, preset, arguments=None):
             refuse(f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
         if name in shares and value is not None and not 0 <= value <= 1 or name == "crop" and value == 0:
             refuse(f"--{name.replace('_', '-')} must lie between 0 and 1, not {value}")
+    return args
+
+def fit(args):
+    """→ args with the size, patch and width that the options leave open. Raises Problem for a patch larger than the picture."""
+    args.size = args.size or {"stl10": 96}.get(args.data, 32 if "cifar" in args.data else 28)
+    if args.model:                                                                          # else `vit` came from a checkpoint
+        args.vit = {part: VITS[args.model][part] for part in ("dim", "depth", "heads")}
+        args.patch = args.patch or next((p for p in (4, 8) if args.size // p <= 12), VITS[args.model]["patch"])
+    if args.patch > args.size:
+        raise Problem(f"--patch {args.patch} is larger than the pictures, {args.size} pixels")
     return args
 
 def schedule(step, warmup, total):

@@ -26,8 +26,9 @@ import torch.nn.functional as F
 from torch import distributed as dist, nn
 from torchvision.transforms import v2
 
-from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, entry, keep_lowest, load_decoder, load_encoder, open_data,
-                    patchify, pixel_loss, read_checkpoint, save_sheet, settings, take, unpatchify, vit_of, weights_in)
+from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, entry, fit, keep_lowest, load_decoder, load_encoder,
+                    open_data, patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take, unpatchify,
+                    vit_of, weights_in)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 # Each kind of mask is a score for every patch; the n lowest scores of a picture stay visible. So all kinds hide exactly as many.
@@ -356,14 +357,14 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is the 
                   bank=20_000, epochs=50, batch=64, lr=8e-3, warmup=0.5),
     "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
                      bank=20_000, epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
-    "probe scenes": dict(pool="mean", epochs=10, batch=256, lr=0.4, warmup=1.0),
-    "probe small": dict(pool="mean", epochs=10, batch=256, lr=0.4, warmup=1.0),
+    "probe scenes": dict(epochs=5, batch=128, lr=80.0, warmup=1.0),
+    "probe small": dict(epochs=3, batch=128, lr=80.0, warmup=0.5),
     "probe imagenet": dict(pool="cls", epochs=90, batch=16384, lr=0.1, warmup=10.0, crop=0.08),
     "probe imagenet large": dict(epochs=50),
     "probe imagenet huge": dict(epochs=50),
-    "finetune scenes": dict(pool="mean", epochs=10, batch=64, lr=4e-3, warmup=1.0, layer_decay=0.75, drop_path=0.1),
-    "finetune small": dict(pool="mean", epochs=10, batch=64, lr=4e-3, warmup=1.0, layer_decay=0.75, drop_path=0.1),
-    "finetune imagenet": dict(pool="mean", epochs=100, batch=1024, lr=5e-4, min_lr=1e-6, warmup=5.0, crop=0.08, layer_decay=0.65,
+    "finetune scenes": dict(epochs=10, batch=64, lr=4e-3, warmup=1.0, layer_decay=0.75, drop_path=0.1),
+    "finetune small": dict(epochs=10, batch=64, lr=4e-3, warmup=1.0, layer_decay=0.75, drop_path=0.1),
+    "finetune imagenet": dict(epochs=100, batch=1024, lr=5e-4, min_lr=1e-6, warmup=5.0, crop=0.08, layer_decay=0.65,
                               drop_path=0.1, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25),
     "finetune imagenet large": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "finetune imagenet huge": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
@@ -389,37 +390,12 @@ def preset(args, kind):
     return chosen
 
 def options():
-    parser = argparse.ArgumentParser("mae.py", description="Pre-trains a masked autoencoder. What is left out comes from a "
-                                     "preset: scenes (no --data), small (torchvision's small sets) or imagenet, the paper's. "
-                                     "In brackets: the paper's value, or the default.")
+    parser, add = shared_options("mae.py", "Pre-trains a masked autoencoder, or judges one (--task).")
     switch = argparse.BooleanOptionalAction
-
-    data = parser.add_argument_group("data").add_argument
-    data("--data", help="a torchvision name (fashion-mnist, cifar10, stl10, imagenette …) or a folder; left out: scenes")
-    data("--root", default="data", help="folder that torchvision downloads to (data)")
-    data("--limit", type=int, help="only the first so many pictures, for a quick try")
-    data("--size", type=int, help="side of the pictures in pixels (224)")
-    data("--crop", type=float, help="smallest share of a picture's area that a random crop takes, 1: no crops (0.2)")
-    data("--workers", type=int, help="processes that decode pictures, for each training process (cores, at most 16)")
-
-    model = parser.add_argument_group("model").add_argument
-    model("--model", choices=VITS, help="size of the encoder (base)")
-    model("--patch", type=int, help="side of a patch in pixels (16; huge 14)")
-    model("--decoder-dim", type=int, help="width of the decoder (512)")
-    model("--decoder-depth", type=int, help="blocks of the decoder (8)")
-    model("--decoder-heads", type=int, help="attention heads of the decoder (16)")
-    model("--mask-ratio", type=float, default=0.75, help="share of the patches that is hidden (0.75)")
-    model("--masking", choices=MASKINGS, default="random", help="which patches are hidden (random)")
-    model("--norm-pixels", action=switch, help="predict each patch normalised by its own mean and contrast (on)")
-
-    training = parser.add_argument_group("training").add_argument
-    training("--epochs", type=int, help="times that every picture is seen (800)")
-    training("--batch", type=int, help="pictures a step, over all processes together (4096)")
-    training("--micro-batch", type=int, help="pictures a process takes at once; gradients add up (at most 256)")
-    training("--lr", type=float, help="peak learning rate for a batch of 256; × batch / 256 (1.5e-4)")
-    training("--warmup", type=float, help="epochs of linear warm-up (40)")
-    training("--weight-decay", type=float, default=0.05, help="of weight matrices (0.05)")
-    training("--seed", type=int, default=0, help="decides weights, order, crops and masks (0)")
+    add["model"]("--mask-ratio", type=float, default=0.75, help="share of the patches that is hidden (0.75)")
+    add["model"]("--masking", choices=MASKINGS, default="random", help="which patches are hidden (random)")
+    add["model"]("--norm-pixels", action=switch, help="predict each patch normalised by its own mean and contrast (on)")
+    add["run"]("--bank", type=int, help="labelled pictures that pre-training's accuracy learns from, 0: none (not in the paper)")
 
     judge = parser.add_argument_group("evaluation; in brackets the paper's fine-tuning of ViT-B").add_argument
     judge("--task", choices=TASKS, default="pretrain", help="what to do (pretrain)")
@@ -436,32 +412,16 @@ def options():
     judge("--erasing", type=float, help="probability that a random rectangle becomes noise (0.25)")
     judge("--randaugment", type=int, help="magnitude of two random changes to every picture (9)")
     judge("--min-lr", type=float, help="where the cosine ends (1e-6)")
-
-    machine = parser.add_argument_group("run").add_argument
-    machine("--out", help="folder for last.pt, log.jsonl, args.json and pictures (runs/mae, or runs/mae-TASK)")
-    machine("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
-    machine("--overwrite", action="store_true", help="start again in a folder that holds a run")
-    machine("--save-every", type=float, default=30.0, help="seconds between checkpoints, at least (30)")
-    machine("--bank", type=int, help="labelled pictures that pre-training's accuracy learns from, 0: none (not in the paper)")
-    machine("--device", help="cuda, cpu … (cuda if there is one)")
-    machine("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (bf16 on GPUs that have it, fp32 on CPUs)")
-    machine("--compile", action=switch, help="torch.compile the model (on GPUs)")
     return parser
 
 def main(arguments=None):
-    args = settings(options(), preset, arguments)
+    args = fit(settings(options(), preset, arguments))
     if args.task == "reconstruct" and not args.init:
         raise Problem("--task reconstruct needs --init, a checkpoint with encoder and decoder")
     if args.task == "pretrain" and args.init:
         raise Problem("--init goes with a --task: knn, probe, finetune or reconstruct")
     if args.eval and not (args.init and args.task in ("probe", "finetune")):
         raise Problem("--eval measures a classifier: it goes with --init and --task probe or finetune")
-    args.size = args.size or {"stl10": 96}.get(args.data, 32 if "cifar" in args.data else 28)
-    if args.model:
-        args.vit = {part: VITS[args.model][part] for part in ("dim", "depth", "heads")}
-        args.patch = args.patch or next((p for p in (4, 8) if args.size // p <= 12), VITS[args.model]["patch"])
-    if args.patch > args.size:
-        raise Problem(f"--patch {args.patch} is larger than the pictures, {args.size} pixels")
     if not (0 < args.mask_ratio < 1 and int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))):
         raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of "
                       f"{(args.size // args.patch) ** 2}")
