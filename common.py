@@ -465,9 +465,7 @@ class Batches:
     def at(self, step):
         """Yields this process's micro-batches of a step, as `Pictures.stream` does."""
         self.batches = self.batches or self.data.stream(self.plan(step), self.run, *self.view)
-        for i in range(self.run.accumulate):
-            for model in self.run.wrapped:                                                  # gradients are exchanged once a step
-                model.require_backward_grad_sync = i + 1 == self.run.accumulate
+        for _ in self.run.each(range(self.run.accumulate)):
             yield next(self.batches)
 
 def save_sheet(path, rows):
@@ -683,7 +681,7 @@ class Run:
         if kind == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")                                      # TF32 where it is fp32
-        if self.world > 1:
+        if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         best = "fp32" if kind != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         self.precision, self.workers = args.precision or best, args.workers
@@ -751,11 +749,11 @@ class Run:
         return torch.autocast(self.device.type, kind, enabled=self.precision != "fp32")
 
     def wrap(self, model):
-        """Moves a model to the device, compiles it in place (so its names stay) and, under torchrun, wraps it in DDP."""
+        """Moves a model to the device, compiles it in place (names stay) and, if it learns, wraps it in DDP under torchrun."""
         model.to(self.device)
         if self.args.compile or (self.args.compile is None and self.device.type == "cuda"):
             model.compile(dynamic=False)
-        if self.world > 1:
+        if self.world > 1 and any(p.requires_grad for p in model.parameters()):
             model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
             self.wrapped.append(model)
         return model
@@ -840,6 +838,13 @@ class Run:
         if stop:
             self.say(f"stopped and saved at step {self.step} of {self.total}; --resume goes on")
             raise SystemExit(128 + (self.stop or signal.SIGTERM))
+
+    def each(self, things):
+        """Yields a step's micro-batches, of which only the last one's backward pass exchanges gradients."""
+        for i, thing in enumerate(things):
+            for model in self.wrapped:
+                model.require_backward_grad_sync = i + 1 == len(things)
+            yield thing
 
     def backward(self, loss):
         """Adds a micro-batch's share to the gradients: over a step they become the mean over the global batch."""

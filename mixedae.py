@@ -215,7 +215,8 @@ def draw(model, data, run, args):
     true = ", each hidden patch with its true mean and contrast" if args.norm_pixels else ""
     rows = {"pictures": pixels(patches), "what each of them shows": pixels(patches * visible),
             f"mixture, whose place, attention of the middle patch (block {int(best) + 1}): all keys, TopK": torch.cat(
-                [mixture, unpatchify(owner, args.patch, args.size), *views]), f"reconstructions{true}": pixels(prediction)}
+                [mixture, unpatchify(owner, args.patch, args.size), *views]),
+            f"reconstructions{true}": pixels(patches * visible + prediction * (1 - visible))}
     wide = max(4, count)
     save_sheet(f"{run.out}/mixture.png", {
         title: torch.cat([row, row.new_full((wide - len(row), *row.shape[1:]), 255)]).byte() for title, row in rows.items()})

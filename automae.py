@@ -1,0 +1,300 @@
+"""Improving Masked Autoencoders by Learning Where to Mask (Chen, Zhang, Zhou, Wang, Lin; arXiv 2303.06583).
+
+Patches differ in what they tell, so hiding all of them alike wastes effort on empty background. AutoMAE learns, picture by
+picture, which patches to hide. A frozen transformer's attention says where something is; a small generator turns that into a
+probability for each patch; a discriminator pulls it towards masks that look like an object's box; and the reconstruction loss,
+which reaches the generator through the sampled mask, keeps the task from becoming impossible. Highlighted patches are hidden more
+often, never surely. The encoder and decoder are MAE's, and only they remain in the end.
+
+    images ─► frozen ViT ─► attention ─► GENERATOR ─► probability ─► Gumbel ─► guide ─┬─► DISCRIMINATOR: like a box, or not?
+    (B,C,H,W)               (B,H,N)                   (B,N)                    (B,N)  │
+    └────────────────────────────────────────► MAE, hiding by score = noise + guide ◄─┘─► loss on hidden patches
+
+    python automae.py                                       on two CPU cores, nothing to download
+    python automae.py --data fashion-mnist --epochs 3       a small torchvision data set
+    torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt        the paper's recipe, ViT-B/16
+    python mae.py --task probe --init runs/automae/last.pt  what the encoder is worth: it is a plain ViT
+"""
+
+import argparse, os
+from argparse import Namespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from common import (Batches, Decoder, Problem, Run, ViT, adamw, entry, fit, keep_lowest, load_encoder, open_data, patchify,
+                    pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take, unpatchify, vit_of)
+
+# ----------------------------------------------------------------------------------------------------------------- masking
+
+class Prior(nn.Module):
+    """A frozen, pre-trained ViT: images (B, C, H, W) → where its last block's class token looks, (B, H, N), without gradient."""
+
+    def __init__(self, vit):
+        super().__init__()
+        self.vit = vit.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.vit.attention_map(images)
+
+class Generator(nn.Module):
+    """Attention (B, H, N) → log-probability of being highlighted for each patch (B, N), by two convolutions (section 3.2)."""
+
+    def __init__(self, heads, grid):
+        super().__init__()
+        self.grid, half = grid, max(1, heads // 2)
+        self.layers = nn.Sequential(nn.Conv2d(heads, half, 3, padding=1), nn.ReLU(), nn.Conv2d(half, 1, 3, padding=1))
+
+    def forward(self, attention):
+        return self.layers(attention.unflatten(-1, self.grid)).flatten(1).float().log_softmax(-1)
+
+class Discriminator(nn.Module):
+    """Distribution over patches (B, N) → scores (B, ·), high where it looks like a box (section 3.2). Two strided convolutions
+    for 14×14 patches; on small grids fewer of them are strided, so that at least one score comes out (our choice)."""
+
+    def __init__(self, grid):
+        super().__init__()
+        self.grid, layers, sides = grid, [], list(grid)
+        for inputs, outputs in ((1, 16), (16, 32)):
+            size, stride = (4, 2) if min(sides) >= 8 else (3, 1)
+            layers += [spectral_norm(nn.Conv2d(inputs, outputs, size, stride, padding=stride % 2)), nn.LeakyReLU(0.2)]
+            sides = [(side - size + 2 * (stride % 2)) // stride + 1 for side in sides]
+        size = min(3, *sides)
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(32, 1, size)))
+
+    def forward(self, guide):
+        return self.layers(guide.unflatten(-1, self.grid)[:, None]).flatten(1).float()
+
+def boxes(batch, grid, device):
+    """→ (B, N): distributions that look as wanted (section 3.2). One rectangle a picture, 40 to 160 of 196 patches large, with a
+    height from 4 to all but 4 of 14 rows (scaled with the grid), at a random place; 0.5 in it, plus noise, through a softmax."""
+    area, height, top, left = torch.rand(4, batch, 1, 1, device=device)
+    area, least = grid[0] * grid[1] * (40 + 120 * area) / 196, grid[0] * 4 / 14
+    height = (least + height * (grid[0] - 2 * least)).round().clamp(min=1)
+    width = (area / height).ceil().clamp(max=grid[1])
+    top, left = (top * (grid[0] - height + 1)).floor(), (left * (grid[1] - width + 1)).floor()
+    row, column = torch.arange(grid[0], device=device)[:, None], torch.arange(grid[1], device=device)
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)       # (B, h, w)
+    return (0.5 * inside + torch.rand(batch, *grid, device=device)).flatten(1).softmax(-1)
+
+def highlight(guide, n):
+    """guide (B, N) → 1 at its n highest places, else 0; the gradient goes to the guide as if that were the guide itself."""
+    hard = torch.zeros_like(guide).scatter_(1, guide.topk(n, dim=1).indices, 1.0)
+    return hard - guide.detach() + guide
+
+# ------------------------------------------------------------------------------------------------------------------- model
+
+class AutoMAE(nn.Module):
+    """A masked autoencoder that hides what a guide highlights more often than the rest (section 3, figure 2)."""
+
+    def __init__(self, encoder, decoder, norm_pixels=True, generator=None, mask_factor=0.5):
+        super().__init__()
+        self.encoder, self.decoder, self.norm_pixels = encoder, decoder, norm_pixels
+        self.generator, self.mask_factor = generator, mask_factor
+
+    def forward(self, images, highlighted, noise, mask_ratio=0.75):
+        """images (B, C, H, W), highlighted and noise (B, N) → loss (), prediction (B, N, P·P·C), mask (B, N), 1 where hidden.
+
+        Of every picture int(N·(1 − mask_ratio)) patches stay visible, those of lowest score. The tokens are multiplied by 1, but by
+        a 1 whose gradient goes to the score: that is how the loss tells the generator what it did (section 3.3).
+        """
+        score = noise + self.mask_factor * highlighted                                      # (B, N)
+        keep, restore, mask = keep_lowest(score.detach(), int(score.shape[1] * (1 - mask_ratio)))   # (B, n), (B, N), (B, N)
+        tokens = self.encoder.embed(images)                                                 # (B, N, D) patches with positions
+        tokens = tokens * (1 + score - score.detach())[..., None]                           # (B, N, D) the same values
+        latent = self.encoder.encode(take(tokens, keep))                                    # (B, 1+n, D) only what is visible
+        prediction = self.decoder(latent, restore)                                          # (B, N, P·P·C) every place
+        return pixel_loss(images, prediction, mask, self.encoder.patch, self.norm_pixels), prediction, mask
+
+# ---------------------------------------------------------------------------------------------------------------- training
+
+def build(args):
+    """→ encoder and decoder as the options say, with the weights that --seed gives."""
+    torch.manual_seed(args.seed)
+    encoder = ViT(args.size, args.patch, args.channels, **args.vit)
+    return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
+
+def make_prior(args, data, run):
+    """→ the frozen ViT whose attention guides the masks: --prior, or on small data a plain MAE's, trained first and kept."""
+    path = args.prior or f"{args.out}/prior/prior.pt"
+    if not args.prior:
+        if args.prior_epochs is None:
+            raise Problem(f"--masking {args.masking} needs --prior, a pre-trained ViT, for its attention. To make one: "
+                          f"python mae.py --data {args.data} --patch {args.patch}; then --prior runs/mae/last.pt")
+        first = Namespace(**vars(args) | dict(masking="random", epochs=args.prior_epochs, out=f"{args.out}/prior"))
+        made_by = lambda file: read_checkpoint(file)["args"] if os.path.exists(file) else {}
+        same = lambda old: all(name in old and old[name] == getattr(first, name) for name in (
+            "data", "size", "patch", "vit", "limit", "seed", "epochs", "batch", "lr"))
+        if not same(made_by(path)):
+            run.say(f"first a plain MAE, {first.epochs} epochs, whose attention will guide the masks; kept in {path}")
+            first.resume = same(made_by(f"{first.out}/last.pt"))
+            first.overwrite = not first.resume
+            return Prior(pretrain(first, data))
+    prior = ViT(**vit_of(path) | dict(size=args.size))
+    run.say(f"prior: {load_encoder(prior, path)}")
+    if prior.grid != (args.size // args.patch,) * 2:
+        raise Problem(f"the prior has patches of {prior.patch} pixels, {prior.grid[0]} in a row; use --patch {prior.patch}")
+    return Prior(prior)
+
+def propose(masking, generator, attention, masks, noise, grid, n):
+    """→ probability (b, N) for the log, and guide (b, N): with `learned` masking a random distribution over the patches, with a
+    gradient; for the others 1 where it is highlighted, else 0: the n places of most attention, the object's box, or nothing."""
+    if masking == "learned":
+        chance = generator(attention)                                                       # (b, N) log-probability
+        return chance.detach().exp(), F.gumbel_softmax(chance, tau=1.0)
+    if masking == "attention":
+        return attention.mean(1), highlight(attention.mean(1), n)
+    if masking == "random":
+        return torch.full_like(noise, 1 / noise.shape[1]), torch.zeros_like(noise)
+    there = F.adaptive_max_pool2d(masks.float(), grid)                                      # (b, h, w) 1 where the object is
+    lines = there.amax(2), there.amax(1)                                                    # its rows (b, h) and columns (b, w)
+    spans = [torch.minimum(line.cummax(1).values, line.flip(1).cummax(1).values.flip(1)) for line in lines]
+    box = (spans[0][:, :, None] * spans[1][:, None]).flatten(1)                             # rows × columns that it spans
+    return box / box.sum(1, keepdim=True), box
+
+def discriminator_loss(critic, guide, grid):
+    """Least squares (section 3.2): boxes should score 1, guides (b, N) should score 0."""
+    scores = critic(torch.cat([boxes(len(guide), grid, guide.device), guide.detach()]))
+    real, fake = scores.chunk(2)
+    return ((real - 1).square().mean() + fake.square().mean()) / 2
+
+def foreground_facts(probability, attention, mask, masks, grid):
+    """Probability (b, N), attention (b, H, N) or None, mask (b, N), foreground (b, h, w) → for the log: how much likelier
+    foreground is than background, by the generator and by attention alone, and how much of each is hidden."""
+    there = F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)                           # (b, N) share of foreground
+    mean = lambda x, where: (x * where).sum() / where.sum()
+    facts = {"foreground_ratio": mean(probability, there) / mean(probability, 1 - there),
+             "hidden_foreground": mean(mask, there), "hidden_background": mean(mask, 1 - there)}
+    if attention is not None:
+        facts["attention_ratio"] = mean(attention.mean(1), there) / mean(attention.mean(1), 1 - there)
+    return facts
+
+def pretrain(args, data=None):
+    """Trains and → the encoder. With `data` it is the plain MAE for the prior, and draws nothing."""
+    run = Run(args)
+    train, val = data or run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    if args.masking == "boxes" and getattr(train, "masks", None) is None:
+        raise Problem("--masking boxes needs data that knows where its objects are: scenes")
+    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
+    learned, prior = args.masking == "learned", None
+    if args.masking in ("learned", "attention"):
+        prior = run.wrap(make_prior(args, (train, val), run))
+    encoder, decoder = build(args)
+    generator = Generator(prior.vit.blocks[0].attn.heads, encoder.grid) if learned else None
+    critic = Discriminator(encoder.grid) if learned else None
+    optimizer = adamw(model := AutoMAE(encoder, decoder, args.norm_pixels, generator, args.mask_factor), args.weight_decay)
+    wrapped, places = run.wrap(model), encoder.grid[0] * encoder.grid[1]                    # device, torch.compile, DDP
+    if learned:
+        wrapped_critic, critic_optimizer = run.wrap(critic), torch.optim.Adam(critic.parameters(), betas=(0.9, 0.95))
+        run.keep(encoder=encoder, decoder=decoder, generator=generator, discriminator=critic, optimizer=optimizer,
+                 discriminator_optimizer=critic_optimizer)                                  # in last.pt
+    else:
+        run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    run.say(f"{millions:.1f} M parameters, {len(train)} pictures of {args.size} pixels a side on {run.world} × {run.device.type} "
+            f"in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
+
+    if len(train) < args.batch:
+        run.say(f"--batch {args.batch} is more than there are pictures, each is seen several times a step: try a smaller one")
+
+    batches, n = Batches(train, run, args.size, args.crop), int(places * (1 - args.mask_ratio))
+    for step in run.steps(batches.per_epoch):
+        ready = []
+        for images, _, masks in batches.at(step):                                           # (b, C, H, W) a micro-batch
+            noise = torch.rand(len(images), places, device=run.device)                      # (b, N)
+            with run.autocast():
+                attention = prior(images) if prior else None                                # (b, H, N)
+                probability, guide = propose(args.masking, generator, attention, masks, noise, encoder.grid, n)
+            ready.append((images, masks, noise, attention, probability, guide))
+            if learned:
+                with run.autocast():
+                    loss = discriminator_loss(wrapped_critic, guide, encoder.grid)
+                run.backward(loss)
+                run.log(discriminator_loss=loss)
+        if learned:
+            run.update(critic_optimizer)
+            critic.requires_grad_(False)                                                    # from here on it only judges
+        for images, masks, noise, attention, probability, guide in run.each(ready):
+            highlighted = highlight(guide.detach() if args.two_stage else guide, n) if learned else guide
+            with run.autocast():
+                loss, _, mask = wrapped(images, highlighted, noise, args.mask_ratio)
+                fooled = (critic(guide) - 1).square().mean() if learned else torch.zeros_like(loss)
+            run.backward(loss + args.adversarial_weight * fooled)
+            run.log(loss=loss, **{"generator_loss": fooled} if learned else {})
+            if masks is not None:
+                run.log(**foreground_facts(probability, attention, mask, masks, encoder.grid))
+        run.update(optimizer)
+        if learned:
+            critic.requires_grad_(True)
+
+    if data:
+        run.put("prior.pt", encoder=encoder.state_dict(), args=vars(args))
+    elif run.rank == 0:
+        if broken := getattr(train, "broken", None):
+            run.say(f"{len(broken)} unreadable pictures were replaced by their neighbours")
+        draw(model, prior, val or train, run, args)
+    return encoder
+
+@torch.no_grad()
+def draw(model, prior, data, run, args, count=10):
+    """Writes OUT/masks.png: pictures, what guided the mask, the mask, and the reconstruction."""
+    index = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
+    images, _, masks = next(data.stream([(index, 0)], run, args.size))
+    torch.manual_seed(args.seed)
+    noise, grid = torch.rand(len(images), model.encoder.grid[0] * model.encoder.grid[1], device=run.device), model.encoder.grid
+    n, rows, attention = int(noise.shape[1] * (1 - args.mask_ratio)), {}, prior(images) if prior else None
+    shown = lambda x: (x / x.amax(1, keepdim=True))[..., None].expand(-1, -1, args.patch ** 2 * args.channels) * 255
+    probability, guide = propose(args.masking, model.eval().generator, attention, masks, noise, grid, n)
+    if prior:
+        rows["attention of the prior"] = shown(attention.mean(1))
+    if model.generator:
+        rows["probability by the generator"] = shown(probability)
+    highlighted = highlight(guide, n) if model.generator else guide
+    _, prediction, mask = model.forward(images, highlighted, noise, args.mask_ratio)
+    patches, mask = patchify(images, args.patch), mask[..., None]                           # (B, N, P·P·C), (B, N, 1)
+    if args.norm_pixels:
+        prediction = prediction * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+    pixels = lambda x: patchify((unpatchify(x, args.patch, args.size) * data.std + data.mean).clamp(0, 255), args.patch)
+    title = "reconstruction" + ", each hidden patch with its true mean and contrast" * args.norm_pixels
+    rows = {"original": pixels(patches), **rows, f"{1 - args.mask_ratio:.0%} visible": pixels(patches * (1 - mask)),
+            title: pixels(patches * (1 - mask) + prediction * mask)}
+    save_sheet(f"{run.out}/masks.png", {title: unpatchify(row, args.patch, args.size).byte() for title, row in rows.items()})
+    run.say(f"pictures: {run.out}/masks.png")
+
+# ------------------------------------------------------------------------------------------------------------ command line
+
+PRESETS = {  # what --data selects, for every option left open; imagenet is the paper's recipe, the others are ours
+    "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
+                   prior_epochs=2, epochs=4, batch=32, lr=1.6e-2, warmup=0.4),
+    "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
+                  prior_epochs=3, epochs=50, batch=64, lr=8e-3, warmup=0.5),
+    "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
+                     epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
+}
+
+def options():
+    parser, add = shared_options("automae.py", "Pre-trains a masked autoencoder that learns where to mask.")
+    add["model"]("--mask-ratio", type=float, default=0.75, help="share of the patches that is hidden (0.75)")
+    add["model"]("--masking", choices=("learned", "attention", "boxes", "random"), default="learned", help="what is hidden more "
+                 "often: what the generator says, what the prior attends to, the object's true box, nothing (learned)")
+    add["model"]("--mask-factor", type=float, default=0.5, help="how much more often: added to noise of 0 … 1 (0.5)")
+    add["model"]("--norm-pixels", action=argparse.BooleanOptionalAction, help="predict each patch normalised by its own mean and "
+                 "contrast (on)")
+    add["model"]("--adversarial-weight", type=float, default=0.2, help="of looking like a box, beside reconstruction (0.2)")
+    add["model"]("--two-stage", action="store_true", help="the generator learns from the discriminator alone (off)")
+    add["model"]("--prior", help="checkpoint with the pre-trained ViT for the attention (MAE, ViT-B, 800 epochs)")
+    add["model"]("--prior-epochs", type=int, help="epochs of the plain MAE that is trained first when there is no --prior")
+    return parser
+
+def main(arguments=None):
+    args = fit(settings(options(), lambda args, kind: PRESETS[kind], arguments))
+    if not (0 < args.mask_ratio < 1 and int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))):
+        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of "
+                      f"{(args.size // args.patch) ** 2}")
+    pretrain(args)
+
+if __name__ == "__main__":
+    entry(main)
