@@ -1,4 +1,4 @@
-"""Improving Masked Autoencoders by Learning Where to Mask (Chen, Zhang, Zhou, Wang, Lin; arXiv 2303.06583).
+"""Improving Masked Autoencoders by Learning Where to Mask (Chen et al.; arXiv 2303.06583).
 
 Patches differ in what they tell, so hiding all of them alike wastes effort on empty background. AutoMAE learns, picture by
 picture, which patches to hide. A frozen transformer's attention says where something is; a small generator turns that into a
@@ -41,7 +41,7 @@ class Prior(nn.Module):
         return self.vit.attention_map(images)
 
 class Generator(nn.Module):
-    """Attention (B, H, N) → log-probability of being highlighted for each patch (B, N), by two convolutions (section 3.2)."""
+    """Attention (B, H, N) → log-probability of being highlighted for each patch (B, N), by two convolutions."""
 
     def __init__(self, heads, grid):
         super().__init__()
@@ -52,7 +52,7 @@ class Generator(nn.Module):
         return self.layers(attention.unflatten(-1, self.grid)).flatten(1).float().log_softmax(-1)
 
 class Discriminator(nn.Module):
-    """Distribution over patches (B, N) → scores (B, ·), high where it looks like a box (section 3.2). Two strided convolutions
+    """Distribution over patches (B, N) → scores (B, ·), high where it looks like a box. Two strided convolutions
     for 14×14 patches; on small grids fewer of them are strided, so that at least one score comes out (our choice)."""
 
     def __init__(self, grid):
@@ -69,7 +69,7 @@ class Discriminator(nn.Module):
         return self.layers(guide.unflatten(-1, self.grid)[:, None]).flatten(1).float()
 
 def boxes(batch, grid, device):
-    """→ (B, N): distributions that look as wanted (section 3.2). One rectangle a picture, 40 to 160 of 196 patches large, with a
+    """→ (B, N): distributions that look as wanted. One rectangle a picture, 40 to 160 of 196 patches large, with a
     height from 4 to all but 4 of 14 rows (scaled with the grid), at a random place; 0.5 in it, plus noise, through a softmax."""
     area, height, top, left = torch.rand(4, batch, 1, 1, device=device)
     area, least = grid[0] * grid[1] * (40 + 120 * area) / 196, grid[0] * 4 / 14
@@ -88,7 +88,7 @@ def highlight(guide, n):
 # ------------------------------------------------------------------------------------------------------------------- model
 
 class AutoMAE(nn.Module):
-    """A masked autoencoder that hides what a guide highlights more often than the rest (section 3, figure 2)."""
+    """A masked autoencoder that hides what a guide highlights more often than the rest."""
 
     def __init__(self, encoder, decoder, norm_pixels=True, generator=None, mask_factor=0.5):
         super().__init__()
@@ -98,8 +98,8 @@ class AutoMAE(nn.Module):
     def forward(self, images, highlighted, noise, mask_ratio=0.75):
         """images (B, C, H, W), highlighted and noise (B, N) → loss (), prediction (B, N, P·P·C), mask (B, N), 1 where hidden.
 
-        Of every picture int(N·(1 − mask_ratio)) patches stay visible, those of lowest score. The tokens are multiplied by 1, but by
-        a 1 whose gradient goes to the score: that is how the loss tells the generator what it did (section 3.3).
+        Of every picture int(N·(1 − mask_ratio)) patches stay visible, those of lowest score. The tokens are multiplied by 1, but
+        by a 1 whose gradient goes to the score: that is how the loss tells the generator what it did.
         """
         score = noise + self.mask_factor * highlighted                                      # (B, N)
         keep, restore, mask = keep_lowest(score.detach(), int(score.shape[1] * (1 - mask_ratio)))   # (B, n), (B, N), (B, N)
@@ -156,7 +156,7 @@ def propose(masking, generator, attention, masks, noise, grid, n):
     return box / box.sum(1, keepdim=True), box
 
 def discriminator_loss(critic, guide, grid):
-    """Least squares (section 3.2): boxes should score 1, guides (b, N) should score 0."""
+    """Least squares: boxes should score 1, guides (b, N) should score 0."""
     scores = critic(torch.cat([boxes(len(guide), grid, guide.device), guide.detach()]))
     real, fake = scores.chunk(2)
     return ((real - 1).square().mean() + fake.square().mean()) / 2

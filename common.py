@@ -264,7 +264,7 @@ class Pictures:
 
     def pick(self, index):
         """Keeps only the pictures of these numbers (M',)."""
-        for name in ("images", "labels", "masks", "paths"):
+        for name in ("images", "labels", "masks", "boxes"):
             if getattr(self, name, None) is not None:
                 setattr(self, name, getattr(self, name)[index])
 
@@ -320,6 +320,10 @@ class Files(Pictures):
         self.channels, self.size, self.broken = 3, (224, 224), set()
         self.mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]                  # ImageNet's
         self.std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
+
+    def pick(self, index):
+        super().pick(index)
+        self.paths = self.paths[index.numpy() if torch.is_tensor(index) else index]
 
     def read(self, i):
         """→ uint8 (3, H, W); grey, palette, alpha and CMYK become RGB. Raises RuntimeError or OSError for a broken picture."""
@@ -379,6 +383,7 @@ def open_data(name=None, root="data", size=64, seed=0, limit=None):
             f"did you mean {near[0]}?" if near else f"the names are {', '.join([*IN_MEMORY, *DECODED])}"))
     for part in filter(None, parts):
         part.pick(slice(limit))
+        part.mean, part.std = parts[0].mean, parts[0].std                                   # what a model is trained with
     return parts
 
 def torchvision_part(name, root, held_out):
@@ -507,14 +512,17 @@ def write_whole(path, write):
             os.remove(f"{path}.part")
         raise Problem(f"could not write {path}: {error}" + ("; the one before it is whole" if os.path.exists(path) else ""))
 
-def weights_in(path, part="encoder", sign="patch_embed.proj.weight"):
+def weights_in(path, part="encoder", signs=(("patch_embed.proj.weight", 4), ("pos_embed", 3))):
     """→ the encoder's or decoder's tensors by name, and the options or {}, from a file of this project, MAE's release or timm."""
     saved = read_checkpoint(path)
-    args, state = saved.get("args") or {}, next((saved[name] for name in (part, "model", "state_dict") if name in saved), saved)
-    state = {name.removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
-    if sign not in state:
-        raise Problem(f"{path} has no {part} of this project, of MAE's release or of timm's VisionTransformer: it lacks {sign}")
-    return state, args if isinstance(args, dict) else vars(args)
+    args, state = saved.get("args"), next((saved[name] for name in (part, "model", "state_dict")
+                                           if isinstance(saved.get(name), dict)), saved)
+    state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
+    for name, ndim in signs:
+        if name not in state or state[name].ndim != ndim:
+            raise Problem(f"{path} has no {part} of this project, of MAE's release or of timm's VisionTransformer: "
+                          f"it lacks a {ndim}-dimensional {name}")
+    return state, vars(args) if isinstance(args, Namespace) else args if isinstance(args, dict) else {}
 
 def vit_of(path):
     """→ what the encoder in a checkpoint is, as `ViT` takes it: size, patch, channels, dim, depth, heads. Where the file does not
@@ -526,17 +534,17 @@ def vit_of(path):
     return dict(size=args.get("size") or math.isqrt(places) * patch, patch=patch, channels=channels, dim=dim, depth=depth,
                 heads=(args.get("vit") or {}).get("heads", usual))
 
-def fill(module, state, path, table, grid, free):
-    """Puts tensors into a module; resizes its position `table` from a square grid to `grid`, as MAE does; → what was done."""
-    own, told = module.state_dict(), []
-    side = math.isqrt(state[table].shape[1] - 1)
-    if state[table].shape[1] != own[table].shape[1]:
-        if state[table].shape[1] != side * side + 1:
-            raise Problem(f"{path} has {state[table].shape[1] - 1} positions, not a square of them: cannot resize these")
-        square = state[table][:, 1:].unflatten(1, (side, -1)).permute(0, 3, 1, 2).float()       # (1, D, h, w)
+def fill(module, state, path, table, grid, args, free):
+    """Puts tensors into a module; resizes its position `table` to `grid`, as MAE does for other sizes; → what was done."""
+    own, told, places = module.state_dict(), [], state[table].shape[1] - 1
+    old = grid_of(pair(args["size"]), args["patch"]) if "size" in args and "patch" in args else (math.isqrt(places),) * 2
+    if old[0] * old[1] != places and places != grid[0] * grid[1]:
+        raise Problem(f"{path} has {places} positions, not a square of them: cannot resize these")
+    if old[0] * old[1] == places and old != tuple(grid):                                    # else taken to be the same oblong
+        square = state[table][:, 1:].unflatten(1, old).permute(0, 3, 1, 2).float()          # (1, D, h, w)
         square = F.interpolate(square, grid, mode="bicubic").flatten(2).transpose(1, 2)
         state = state | {table: torch.cat([state[table][:, :1], square], dim=1)}
-        told = [f"positions resized from {side}×{side} to {grid[0]}×{grid[1]}"]
+        told = [f"positions resized from {old[0]}×{old[1]} to {grid[0]}×{grid[1]}"]
     fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
     for verb, names in (("left out", state.keys() - fits), ("new", own.keys() - fits)):
         if strange := sorted(name for name in names if not name.startswith(free)):
@@ -555,13 +563,13 @@ def load_encoder(vit, path):
     if wrong := [name for name in here if here[name] != there[name] and (name != "heads" or "vit" in args)]:
         raise Problem(f"{path} holds an encoder with " + ", ".join(f"{name} {there[name]} (here {here[name]})" for name in wrong)
                       + "; it wants " + ", ".join(f"{name} {value}" for name, value in there.items()))
-    return fill(vit, state, path, "pos_embed", vit.grid, ("head.", "norm.", "fc_norm.", "decoder_", "mask_token"))
+    return fill(vit, state, path, "pos_embed", vit.grid, args, ("head.", "norm.", "fc_norm.", "decoder_", "mask_token"))
 
 def load_decoder(decoder, path):
     """The same for a decoder; its encoder's weights in the same file are left out. Its blocks, width and patch must agree."""
-    state = {name: value for name, value in weights_in(path, "decoder", "decoder_embed.weight")[0].items()
-             if name.startswith(("decoder_", "mask_token"))}
-    return fill(decoder, state, path, "decoder_pos_embed", decoder.grid, ())
+    state, args = weights_in(path, "decoder", (("decoder_embed.weight", 2), ("decoder_pos_embed", 3)))
+    state = {name: value for name, value in state.items() if name.startswith(("decoder_", "mask_token"))}
+    return fill(decoder, state, path, "decoder_pos_embed", decoder.grid, args, ())
 
 # --------------------------------------------------------------------------------------------------------------------- run
 
@@ -606,7 +614,7 @@ def settings(parser, preset, arguments=None):
     parser.error = refuse
     args = parser.parse_args(arguments)
     task, script = getattr(args, "task", "pretrain"), os.path.splitext(parser.prog)[0]
-    out = args.out or f"runs/{script}" + f"-{task}" * (task != "pretrain")
+    out = args.out or f"runs/{script}" + f"-{task}" * (task != "pretrain") + "-eval" * getattr(args, "eval", False)
     if args.resume and args.overwrite:
         refuse("--resume goes on with a run and --overwrite drops it: give one of them")
     old = read_checkpoint(f"{out}/last.pt").get("args", {}) if args.resume and os.path.exists(f"{out}/last.pt") else {}
@@ -622,6 +630,10 @@ def settings(parser, preset, arguments=None):
     least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, decoder_depth=0,
                  labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0, save_every=0, bank=0,
                  mixup=0, cutmix=0)
+    if not 0 <= (getattr(args, "randaugment", None) or 0) <= 30:
+        refuse(f"--randaugment must lie between 0 and 30, not {args.randaugment}")
+    if args.overwrite and getattr(args, "init", None) and os.path.realpath(os.path.dirname(args.init) or ".") == os.path.realpath(out):
+        refuse(f"--overwrite would remove {args.init}: name another --out")
     shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing")
     for name, value in vars(args).items():
         if name in least and value is not None and not least[name] <= value < 2 ** 63:

@@ -221,7 +221,8 @@ def classifier(args, classes):
     """→ a ViT with the head for --task. Probe (appendix A.1): only the head learns, behind a BatchNorm without weights.
     Fine-tuning: everything, or with --train-blocks the last blocks, the last norm and the head (section 4.3, figure 9)."""
     torch.manual_seed(args.seed)
-    vit = ViT(args.size, args.patch, args.channels, **args.vit, classes=classes, pool=args.pool, drop_path=args.drop_path)
+    vit = ViT(args.size, args.patch, args.channels, **args.vit, classes=classes, pool=args.pool,
+              drop_path=args.drop_path if args.task == "finetune" else 0.0)
     first = 0 if args.train_blocks is None else len(vit.blocks) - args.train_blocks
     if first < 0:
         raise Problem(f"--train-blocks {args.train_blocks}: the encoder has {len(vit.blocks)}")
@@ -237,12 +238,14 @@ def classifier(args, classes):
 def classify(args):
     """--task probe and --task finetune: trains a classifier on an encoder, or from scratch; with --eval only measures."""
     run = Run(args)
+    if args.task == "probe" and run.micro < 2:
+        raise Problem("the probe's BatchNorm needs two pictures at once: a larger --batch or --micro-batch")
     train, val = labelled(run, args)
     model, probe, told = classifier(args, classes := len(train.classes)), args.task == "probe", ""
     if args.init and not args.resume:
         run.say(told := load_encoder(model, args.init))
-    if args.eval and "head" in told.partition("new: ")[2]:
-        raise Problem(f"{args.init} has no {args.task} head for these {classes} classes: train one, without --eval")
+    if args.eval and "new: " in told:
+        raise Problem(f"{args.init} is no whole {args.task} classifier of {classes} classes with --pool {args.pool}: train one first")
     optimizer = LARS(model.head.parameters()) if probe else adamw(model, args.weight_decay, (0.9, 0.999), args.layer_decay)
     wrapped = run.wrap(model)
     run.keep(encoder=model, optimizer=optimizer)
@@ -289,6 +292,8 @@ def count(scores, labels):
 @torch.no_grad()
 def measure(model, data, run, args):
     """→ top-1, top-5, confusion (K, K) over a data set. Each process takes its own pictures, so that none is counted twice."""
+    for part in model.buffers() if run.world > 1 else ():                                   # a BatchNorm's means are each process's own
+        dist.broadcast(part, 0)
     model.eval()
     index = torch.arange(len(data))[data.labels.cpu() >= 0][run.rank::run.world]
     sums = [torch.zeros(size, dtype=torch.long, device=run.device) for size in ((len(data.classes), len(data.classes)), (1,))]
@@ -332,7 +337,8 @@ def nearest(args):
 def reconstruct(args):
     """--task reconstruct: draws what a pre-trained model makes of pictures."""
     run = Run(args)
-    data = [part for part in open_data(args.data, args.root, args.size, args.seed, args.limit) if part][-1]
+    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    data = val or train
     if data.channels != args.channels:
         raise Problem(f"{args.init} was trained on pictures of {args.channels} channel(s), these have {data.channels}")
     if args.norm_pixels is None:
@@ -381,8 +387,10 @@ def preset(args, kind):
     chosen |= PRESETS.get(f"{args.task} {kind} {args.model or model}", {}) | dict(
         size=there["size"], patch=there["patch"], channels=there["channels"], model=None,
         vit={part: there[part] for part in ("dim", "depth", "heads")})
+    if args.eval:
+        chosen["pool"] = weights_in(args.init)[1].get("pool", chosen["pool"])
     if args.task == "reconstruct":
-        state, old = weights_in(args.init, "decoder", "decoder_embed.weight")
+        state, old = weights_in(args.init, "decoder", (("decoder_embed.weight", 2),))
         depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
         chosen |= dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, mean=old.get("mean"),
                        decoder_heads=old.get("decoder_heads", 16), norm_pixels=old.get("norm_pixels", old.get("norm_pix_loss")),
@@ -420,8 +428,11 @@ def main(arguments=None):
         raise Problem("--task reconstruct needs --init, a checkpoint with encoder and decoder")
     if args.task == "pretrain" and args.init:
         raise Problem("--init goes with a --task: knn, probe, finetune or reconstruct")
-    if args.eval and not (args.init and args.task in ("probe", "finetune")):
-        raise Problem("--eval measures a classifier: it goes with --init and --task probe or finetune")
+    if args.eval and not args.init:
+        raise Problem("--eval measures the classifier in a checkpoint: name it with --init")
+    for name, tasks in (("eval", "probe, finetune"), ("train_blocks", "finetune"), ("labels", "knn, probe, finetune")):
+        if getattr(args, name) not in (None, False) and args.task not in tasks.split(", "):
+            raise Problem(f"--{name.replace('_', '-')} goes with --task {tasks}")
     if not (0 < args.mask_ratio < 1 and int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))):
         raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of "
                       f"{(args.size // args.patch) ** 2}")

@@ -1,4 +1,4 @@
-"""Mixed Autoencoder for Self-supervised Visual Representation Learning (Chen, Liu, Hong, Xu, Li, Yeung; arXiv 2303.17152).
+"""Mixed Autoencoder for Self-supervised Visual Representation Learning (Chen et al.; arXiv 2303.17152).
 
 Mixing pictures helps supervised learning, so why not masked autoencoders? Because there a hidden patch is nothing at all, and a
 patch of another picture in its place is something: mixed naively, reconstruction gets easier and features get worse. The cure is
@@ -39,7 +39,7 @@ def share_places(noise, n, group, turns=1):
     return torch.stack([torch.stack(rows, dim=1) for rows in each]).flatten(0, 2)
 
 class HomologousAttention(Attention):
-    """Self-attention in which a query sees only the `top` keys most similar to it, and the class token (section 3.3).
+    """Self-attention in which a query sees only the `top` keys most similar to it, and the class token.
 
     The class token itself sees every key (our choice). Which keys are chosen has no gradient, so that is found without one, and
     the attention among the chosen is the usual fused kernel. With top = None it is plain attention, of the same parameters.
@@ -80,7 +80,7 @@ class HomologousAttention(Attention):
 
 def contrastive_loss(tokens, n, temperature=0.25):
     """tokens (G, N, D), every n in turn of one picture → (): for each token, the cross-entropy of finding the others of its
-    picture among all others by cosine similarity (section 3.3; the temperature is after the paper)."""
+    picture among all others by cosine similarity (the temperature is after the paper)."""
     tokens = F.normalize(tokens.float(), dim=-1)
     similarity = tokens @ tokens.transpose(1, 2) / temperature                              # (G, N, N)
     picture = torch.arange(tokens.shape[1], device=tokens.device) // n                      # (N,)
@@ -92,7 +92,7 @@ def contrastive_loss(tokens, n, temperature=0.25):
 # ------------------------------------------------------------------------------------------------------------------- model
 
 class MixedAE(nn.Module):
-    """A masked autoencoder whose encoder sees the visible patches of several pictures in one sequence (section 3, figure 2).
+    """A masked autoencoder whose encoder sees the visible patches of several pictures in one sequence.
 
     A picture owns 1/members of the places, and as many pictures share a sequence (or `group` of them, the other places are empty;
     1 is MAE). With `full` each picture owns every place once, for `members` times the work. What tells the pictures apart:

@@ -1,6 +1,7 @@
 """common.py against slow formulas written here, torch, timm and transformers."""
 
 import argparse
+import copy
 import errno
 import math
 import os
@@ -16,9 +17,9 @@ from PIL import Image, features
 from torch import nn
 
 from common import (
-    Attention, Batches, Block, Decoder, Pictures, Problem, ViT, adamw, crop_weights, draw_scenes, folder, keep_lowest,
-    Scenes, open_data, patchify, pixel_loss, random_crops, read_checkpoint, save_sheet, schedule, seed_of, settings,
-    sincos_positions, take, unpatchify, write_whole,
+    VITS, Attention, Batches, Block, Decoder, Pictures, Problem, Run, ViT, adamw, crop_weights, draw_scenes, folder, keep_lowest,
+    load_decoder, load_encoder, Scenes, open_data, patchify, pixel_loss, random_crops, read_checkpoint, save_sheet, schedule,
+    seed_of, settings, sincos_positions, take, unpatchify, vit_of, weights_in, write_whole,
 )
 
 CPU = types.SimpleNamespace(device=torch.device("cpu"), workers=0)      # as much of a Run as data needs
@@ -27,13 +28,18 @@ CPU = types.SimpleNamespace(device=torch.device("cpu"), workers=0)      # as muc
 def seeded():
     torch.manual_seed(0)
 
-def shake(module):
+def shake(module, by=0.1, positions=False):
     """Random weights everywhere, norms and biases too: what starts as 0 or 1 hides mistakes."""
     with torch.no_grad():
         for p in module.parameters():
-            if p.requires_grad:
-                p.add_(0.1 * torch.randn_like(p))
+            if p.requires_grad or positions:
+                p.add_(by * torch.randn_like(p))
     return module
+
+def assert_near(found, wanted, tolerance, name=None):
+    """The difference's length is below a share of what is wanted: large and small numbers err by a float's digits alike."""
+    assert found.shape == wanted.shape, name
+    assert (found - wanted).norm() <= tolerance * wanted.norm() and wanted.norm() > 0, name
 
 # ----------------------------------------------------------------------------------------------------------------- patches
 
@@ -181,73 +187,111 @@ def test_deeper_blocks_are_dropped_more_and_the_first_never():
         rate = getattr(other.drop_path1, "drop_prob", 0.0)
         assert kept == pytest.approx(rate**2, abs=5 * math.sqrt(rate**2 / 3000))
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_vit_equals_timms_and_each_loads_the_others_weights(pool):
+def timms(pool, classes, **sizes):
     timm = pytest.importorskip("timm")
     options = dict(global_pool="avg", fc_norm=True) if pool == "mean" else {}
-    theirs = shake(timm.create_model("vit_base_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4,
-                                     num_classes=10, **options)).eval()
-    ours = shake(ViT(32, 8, dim=64, depth=2, heads=4, classes=10, pool=pool)).eval()
+    sizes = sizes or dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=4)
+    return shake(timm.create_model("vit_base_patch16_224", num_classes=classes, **sizes, **options)).eval()
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_vit_equals_timms_and_each_loads_the_others_weights(pool, tmp_path):
+    theirs, ours = timms(pool, 10), shake(ViT(32, 8, dim=64, depth=2, heads=4, classes=10, pool=pool)).eval()
     images, sizes = torch.randn(3, 3, 32, 32), lambda model: {name: x.shape for name, x in model.state_dict().items()}
     assert sizes(ours) == sizes(theirs)
     with torch.no_grad():
         assert not torch.allclose(ours(images), theirs(images), atol=0.1)
         theirs.load_state_dict(ours.state_dict(), strict=True)
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
-        theirs = shake(theirs)
-        ours.load_state_dict(theirs.state_dict(), strict=True)
+        torch.save(shake(theirs, positions=True).state_dict(), tmp_path / "timm.pth")       # as timm's users save it
+        line = load_encoder(ours, tmp_path / "timm.pth")
+        assert "left out" not in line and "new" not in line and "resized" not in line
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=1e-5)
+        bare = ViT(32, 8, dim=64, depth=2, heads=4, pool=pool).eval()                       # features: the head stays behind
+        assert "left out: head" in load_encoder(bare, tmp_path / "timm.pth")
+        wanted = theirs.forward_head(theirs.forward_features(images), pre_logits=True)
+        torch.testing.assert_close(bare(images), wanted, atol=1e-5, rtol=1e-5)
 
-def transformers_mae(norm_pixels):
-    """→ their model and ours with the same weights, 24×24 pictures in patches of 4."""
-    from mae import MAE
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_an_encoder_of_ours_goes_into_timm_strictly_apart_from_the_head(pool):
+    ours, theirs = shake(ViT(32, 8, dim=64, depth=2, heads=4, pool=pool), positions=True).eval(), timms(pool, 10)
+    images, head = torch.randn(3, 3, 32, 32), {f"head.{name}": value for name, value in theirs.head.state_dict().items()}
+    theirs.load_state_dict(ours.state_dict() | head, strict=True)
+    bare = timms(pool, 0)
+    bare.load_state_dict(ours.state_dict(), strict=True)
+    with torch.no_grad():
+        torch.testing.assert_close(bare(images), ours(images), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(theirs(images), theirs.head(ours(images)), atol=1e-5, rtol=1e-5)
+
+def transformers_mae(**sizes):
+    """→ transformers' model with random weights everywhere, positions too; unless told otherwise 24×24 pictures, patches of 4."""
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=24, patch_size=4,
-        decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=64,
-        layer_norm_eps=1e-6, mask_ratio=0.75, norm_pix_loss=norm_pixels))
-    encoder = ViT(24, 4, dim=32, depth=2, heads=4)
-    ours = shake(MAE(encoder, Decoder(encoder, dim=16, depth=2, heads=2), norm_pixels))
-    weights = {}
-    for name, value in ours.state_dict().items():
-        if "attn.qkv" in name:
-            for letter, part in zip("qkv", value.chunk(3)):
-                weights[theirs_name(name.replace("attn.qkv", f"attn.{letter}"))] = part
-        else:
-            weights[theirs_name(name)] = value
-    theirs.load_state_dict(weights, strict=True)
-    return theirs, ours
+    sizes = sizes or dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=24,
+                          patch_size=4, decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
+                          decoder_intermediate_size=64)
+    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(layer_norm_eps=1e-6, mask_ratio=0.75, **sizes))
+    return shake(model.train(), 0.02 if model.config.hidden_size > 500 else 0.1, positions=True)
 
-def theirs_name(name):
-    swaps = {"encoder.blocks.": "vit.layers.", "encoder.norm.": "vit.layernorm.", "encoder.patch_embed.proj.":
-             "vit.embeddings.patch_embeddings.projection.", "encoder.cls_token": "vit.embeddings.cls_token",
-             "encoder.pos_embed": "vit.embeddings.position_embeddings", "decoder.decoder_blocks.": "decoder.decoder_layers.",
-             ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.", ".attn.proj.": ".attention.o_proj.",
-             ".attn.q.": ".attention.q_proj.", ".attn.k.": ".attention.k_proj.", ".attn.v.": ".attention.v_proj."}
-    for ours, theirs in swaps.items():
-        name = name.replace(ours, theirs)
-    return name
+def released(tensors):
+    """Tensors by transformers' ViTMAE names → by those in MAE's released files, queries, keys and values in one."""
+    swaps = {"vit.embeddings.patch_embeddings.projection": "patch_embed.proj", "vit.embeddings.cls_token": "cls_token",
+             "vit.embeddings.position_embeddings": "pos_embed", "vit.layers.": "blocks.", "vit.layernorm": "norm",
+             "decoder.decoder_layers.": "decoder_blocks.", "decoder.": "", "layernorm_before": "norm1",
+             "layernorm_after": "norm2", "attention.o_proj": "attn.proj", "attention.q_proj": "attn.qkv"}
+    found = {}
+    for name, value in tensors.items():
+        if "k_proj" in name or "v_proj" in name:
+            continue
+        if "q_proj" in name:
+            value = torch.cat([tensors[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
+        for theirs, files in swaps.items():
+            name = name.replace(theirs, files)
+        found[name] = value
+    return found
 
-@pytest.mark.parametrize("norm_pixels", [False, True])
-def test_encoder_and_decoder_equal_transformers_mae_in_loss_prediction_mask_and_gradients(norm_pixels):
-    theirs, ours = transformers_mae(norm_pixels)
-    images, noise = torch.randn(3, 3, 24, 24), torch.rand(3, 36)
-    wanted = theirs.train()(images, noise=noise)
-    loss, prediction, mask = ours.train()(images, noise=noise)
-    assert torch.equal(mask, wanted.mask)
-    torch.testing.assert_close(loss, wanted.loss, rtol=1e-5, atol=0)
-    torch.testing.assert_close(prediction, wanted.logits, rtol=1e-5, atol=1e-5)
-    wanted.loss.backward(), loss.backward()
-    pairs = [(ours.encoder.cls_token, theirs.vit.embeddings.cls_token), (ours.decoder.mask_token, theirs.decoder.mask_token),
-             (ours.encoder.patch_embed["proj"].weight, theirs.vit.embeddings.patch_embeddings.projection.weight),
-             (ours.encoder.blocks[0].mlp.fc1.weight, theirs.vit.layers[0].mlp.fc1.weight),
-             (ours.decoder.decoder_pred.bias, theirs.decoder.decoder_pred.bias)]
-    for mine, other in pairs:
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
-    attention = theirs.vit.layers[1].attention
-    qkv = torch.cat([part.weight.grad for part in (attention.q_proj, attention.k_proj, attention.v_proj)])
-    torch.testing.assert_close(ours.encoder.blocks[1].attn.qkv.weight.grad, qkv, rtol=1e-4, atol=1e-6)
-    assert ours.encoder.pos_embed.grad is None and ours.decoder.decoder_pos_embed.grad is None
+def as_released(state, args):
+    return {"model": state}
+
+def as_mae_trains(state, args):
+    """What MAE's own code saves while it trains."""
+    return {"model": state, "optimizer": {"state": {}, "param_groups": []}, "epoch": 7, "scaler": {},
+            "args": argparse.Namespace(model="mae_vit", input_size=224, blr=1.5e-4, **args)}
+
+def as_ours(state, args):
+    decoder = {name: value for name, value in state.items() if name.startswith(("decoder_", "mask_token"))}
+    return {"encoder": {name: value for name, value in state.items() if name not in decoder}, "decoder": decoder,
+            "step": 3, "args": {"data": None, **args}}
+
+def as_wrapped(state, args):
+    return {"state_dict": {f"module.{name}": value for name, value in state.items()}}
+
+def as_it_is(state, args):
+    return state
+
+LAYOUTS = [as_released, as_mae_trains, as_ours, as_wrapped, as_it_is]
+
+@pytest.mark.parametrize("size, layout", [("base", as_released)] + [("small", layout) for layout in LAYOUTS])
+def test_a_file_gives_transformers_mae_in_loss_prediction_mask_and_gradients(size, layout, tmp_path):
+    from mae import MAE
+    theirs = transformers_mae(**dict(image_size=224) if size == "base" else {})
+    torch.save(layout(released(theirs.state_dict()), {}), path := tmp_path / "pretrained.pth")
+    encoder = ViT() if size == "base" else ViT(24, 4, dim=32, depth=2, heads=4)
+    decoder = Decoder(encoder) if size == "base" else Decoder(encoder, dim=16, depth=2, heads=2)
+    assert str(path) in load_encoder(encoder, path) and str(path) in load_decoder(decoder, path)
+    ours, count = MAE(encoder, decoder).train(), encoder.grid[0] * encoder.grid[1]
+    images, noise = torch.randn(2, 3, *encoder.size), torch.rand(2, count)
+    for norm_pixels in (False, True):
+        ours.norm_pixels = theirs.config.norm_pix_loss = norm_pixels
+        wanted, (loss, prediction, mask) = theirs(images, noise=noise), ours(images, noise=noise)
+        assert torch.equal(mask, wanted.mask) and (mask == 0).sum(1).tolist() == [count // 4] * 2
+        torch.testing.assert_close(loss, wanted.loss, rtol=1e-5, atol=0)
+        assert_near(prediction, wanted.logits, 1e-5)
+        theirs.zero_grad(), ours.zero_grad()
+        wanted.loss.backward(), loss.backward()
+        slopes = released({name: p.grad for name, p in theirs.named_parameters() if p.requires_grad})
+        mine = {name.partition(".")[2]: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+        assert mine.keys() == slopes.keys() and len(mine) == (252 if size == "base" else 60)
+        for name, slope in slopes.items():                             # sums over hundreds of tokens, in another order
+            assert_near(mine[name], slope, 1e-4, name)
 
 @pytest.mark.parametrize("side", [8, 24])
 def test_square_positions_are_those_of_transformers_mae(side):
@@ -314,6 +358,143 @@ def test_decoder_puts_visible_tokens_and_mask_tokens_in_their_places():
         token = decoder.mask_token[0, 0] if place is None else decoder.decoder_embed(latent[0, 1 + place])
         torch.testing.assert_close(seen["x"][0, 1 + n], token + sincos_positions(8, (2, 2))[n])
 
+# ----------------------------------------------------------------------------------------------------------------- loading
+
+VIT = dict(size=16, patch=4, channels=3, dim=16, depth=2, heads=2)
+
+def vit_file(tmp_path, args=None, **options):
+    """→ a file with the weights of a ViT like VIT, as timm's users save it or, with `args`, as our runs do; and that ViT."""
+    vit = shake(ViT(**VIT | options), positions=True)
+    torch.save(vit.state_dict() if args is None else {"encoder": vit.state_dict(), "args": args}, tmp_path / "vit.pth")
+    return tmp_path / "vit.pth", vit
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_tensors_and_its_options(layout, tmp_path):
+    vit = ViT(**VIT)
+    state = released(transformers_mae().state_dict()) | vit.state_dict()
+    torch.save(layout(state, {"norm_pix_loss": True}), path := tmp_path / "a.pth")
+    found, args = weights_in(path)
+    assert all(torch.equal(found[name], value) for name, value in vit.state_dict().items())
+    assert args.get("norm_pix_loss") == (True if layout in (as_mae_trains, as_ours) else None)
+    found, _ = weights_in(path, "decoder", "decoder_embed.weight")
+    assert torch.equal(found["decoder_blocks.1.mlp.fc1.bias"], state["decoder_blocks.1.mlp.fc1.bias"])
+
+@pytest.mark.parametrize("name", VITS)
+def test_the_usual_encoders_are_known_by_their_shapes(name, tmp_path):
+    wanted = dict(size=4 * VITS[name]["patch"], channels=3, **VITS[name])
+    state = {"patch_embed.proj.weight": torch.zeros(wanted["dim"], 3, wanted["patch"], wanted["patch"]),
+             "pos_embed": torch.zeros(1, 17, wanted["dim"])}
+    state |= {f"blocks.{k}.norm1.bias": torch.zeros(wanted["dim"]) for k in range(wanted["depth"])}
+    torch.save(state, tmp_path / "a.pth")
+    assert vit_of(tmp_path / "a.pth") == wanted
+
+@pytest.mark.parametrize("wanted", [dict(size=24, patch=8, channels=1, dim=192, depth=3, heads=3),
+                                    dict(size=20, patch=5, channels=5, dim=16, depth=1, heads=1)])
+def test_another_width_has_heads_of_64_and_our_files_say_their_own(wanted, tmp_path):
+    assert vit_of(vit_file(tmp_path, **wanted)[0]) == wanted
+    ours = wanted | dict(heads=2)
+    assert vit_of(vit_file(tmp_path, args=dict(size=wanted["size"], vit=dict(heads=2)), **ours)[0]) == ours
+
+@pytest.mark.parametrize("source, size, change", [(16, 32, "4×4 to 8×8"), (32, 16, "8×8 to 4×4"), (20, (12, 32), "5×5 to 3×8")])
+def test_positions_are_resized_by_torchs_bicubic_and_the_class_row_stays(source, size, change, tmp_path):
+    path, there = vit_file(tmp_path, size=source)
+    vit = ViT(**VIT | dict(size=size))
+    assert f"positions resized from {change}" in load_encoder(vit, path)
+    (old,), (new,), side = there.pos_embed.detach(), vit.pos_embed, source // 4
+    wanted = [F.interpolate(old[1:, d].view(1, 1, side, side), vit.grid, mode="bicubic").flatten() for d in range(16)]
+    assert torch.equal(new[0], old[0])
+    torch.testing.assert_close(new[1:], torch.stack(wanted, 1), rtol=0, atol=1e-6)
+    assert torch.equal(vit.blocks[1].mlp.fc2.weight, there.blocks[1].mlp.fc2.weight)
+
+def test_positions_of_the_same_grid_stay_as_they_are(tmp_path):
+    for size in (16, (8, 24)):
+        path, there = vit_file(tmp_path, size=size)
+        vit = ViT(**VIT | dict(size=size))
+        assert "resized" not in load_encoder(vit, path)
+        assert torch.equal(vit.pos_embed, there.pos_embed) and not vit.pos_embed.requires_grad
+
+def test_a_decoders_positions_are_resized_too(tmp_path):
+    there = shake(Decoder(ViT(**VIT), 8, 1, 2), positions=True)
+    torch.save({"model": there.state_dict()}, tmp_path / "a.pth")
+    decoder = Decoder(ViT(**VIT | dict(size=32)), 8, 1, 2)
+    assert "4×4 to 8×8" in load_decoder(decoder, tmp_path / "a.pth")
+    assert torch.equal(decoder.decoder_pos_embed[:, 0], there.decoder_pos_embed[:, 0])
+    assert torch.equal(decoder.decoder_pred.weight, there.decoder_pred.weight)
+
+def test_positions_that_are_no_square_cannot_be_resized(tmp_path):
+    with pytest.raises(Problem, match="vit.pth.*6 positions"):
+        load_encoder(ViT(**VIT), vit_file(tmp_path, size=(8, 12))[0])
+
+@pytest.mark.parametrize("size", [(8, 32), (32, 8)])
+def test_a_square_of_positions_does_not_pass_for_an_oblong_of_as_many(size, tmp_path):
+    vit = ViT(**VIT | dict(size=size))
+    assert "positions resized from 4×4" in load_encoder(vit, vit_file(tmp_path)[0])
+
+@pytest.mark.parametrize("options, says", [
+    (dict(patch=8), r"patch 8 \(here 4\)"), (dict(channels=1), r"channels 1 \(here 3\)"), (dict(dim=24), r"dim 24 \(here 16\)"),
+    (dict(depth=3), r"depth 3 \(here 2\)"), (dict(heads=4, args={"vit": {"heads": 4}}), r"heads 4 \(here 2\)"),
+    (dict(patch=8, dim=24, depth=1), r"patch 8 \(here 4\), dim 24 \(here 16\), depth 1 \(here 2\)")])
+def test_an_encoder_of_other_sizes_is_refused_with_both_numbers(options, says, tmp_path):
+    path, vit = vit_file(tmp_path, **options)[0], ViT(**VIT)
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    with pytest.raises(Problem, match=f"vit.pth.*{says}.*it wants") as error:
+        load_encoder(vit, path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+
+def swin():
+    timm = pytest.importorskip("timm")
+    return timm.models.SwinTransformer(img_size=32, embed_dim=8, depths=(1, 1), num_heads=(1, 1), window_size=4).state_dict()
+
+OTHERS = {
+    "a resnet": lambda vit: {f"layer1.0.{name}": value for name, value in nn.Conv2d(3, 8, 3).state_dict().items()},
+    "a swin transformer": lambda vit: swin(),
+    "a transformer for video": lambda vit: vit | {"patch_embed.proj.weight": torch.zeros(16, 3, 2, 4, 4)},
+    "layer scale": lambda vit: vit | {"blocks.0.ls1.gamma": torch.ones(16)},
+    "a wider mlp": lambda vit: vit | {"blocks.1.mlp.fc1.weight": torch.zeros(80, 16)},
+    "no biases": lambda vit: {name: value for name, value in vit.items() if not name.endswith("qkv.bias")},
+    "register tokens": lambda vit: vit | {"reg_token": torch.zeros(1, 4, 16)},
+    "no positions": lambda vit: {name: value for name, value in vit.items() if name != "pos_embed"},
+    "nothing": lambda vit: {},
+    "a name for a model": lambda vit: {"model": "vit_base"},
+}
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_file_of_another_kind_of_model_is_refused_in_one_line(what, tmp_path):
+    vit = ViT(**VIT)
+    torch.save(OTHERS[what](vit.state_dict()), tmp_path / "other.pth")
+    with pytest.raises(Problem, match="other.pth") as error:
+        load_encoder(vit, tmp_path / "other.pth")
+    assert "\n" not in str(error.value)
+    assert what != "layer scale" or "blocks.0.ls1.gamma" in str(error.value)
+
+@pytest.mark.parametrize("change", [dict(dim=12), dict(depth=2), "channels"])
+def test_a_decoder_of_other_sizes_is_refused(change, tmp_path):
+    there = ViT(**VIT | (dict(channels=1) if change == "channels" else {}))
+    torch.save({"model": Decoder(there, **dict(dim=8, depth=1, heads=2) | (change if isinstance(change, dict) else {})
+                                 ).state_dict()}, tmp_path / "a.pth")
+    with pytest.raises(Problem, match="a.pth does not fit"):
+        load_decoder(Decoder(ViT(**VIT), 8, 1, 2), tmp_path / "a.pth")
+    with pytest.raises(Problem, match="vit.pth has no decoder"):
+        load_decoder(Decoder(ViT(**VIT), 8, 1, 2), vit_file(tmp_path)[0])
+
+@pytest.mark.parametrize("classes", [10, 5, 0])
+def test_a_head_of_other_size_starts_afresh_and_one_of_the_same_is_read(classes, tmp_path):
+    path, there = vit_file(tmp_path, classes=10)
+    vit = ViT(**VIT, classes=classes)
+    before, line = vit.head.weight.clone() if classes else None, load_encoder(vit, path)
+    assert ("left out: head" in line) == (classes != 10) and ("new: head" in line) == (classes == 5)
+    assert not classes or torch.equal(vit.head.weight, there.head.weight if classes == 10 else before)
+    assert torch.equal(vit.norm.bias, there.norm.bias) and torch.equal(vit.cls_token, there.cls_token)
+
+@pytest.mark.parametrize("there, here, names", [("cls", "mean", ("norm", "fc_norm")), ("mean", "cls", ("fc_norm", "norm"))])
+def test_another_last_norm_starts_afresh_and_is_told(there, here, names, tmp_path):
+    vit = ViT(**VIT, pool=here)
+    line = load_encoder(vit, vit_file(tmp_path, pool=there)[0])
+    assert f"left out: {names[0]}" in line and f"new: {names[1]}" in line
+    fresh = vit.fc_norm if here == "mean" else vit.norm
+    assert torch.equal(fresh.weight, torch.ones(16)) and torch.equal(fresh.bias, torch.zeros(16))
+
 # --------------------------------------------------------------------------------------------------------------------- run
 
 def test_schedule_climbs_in_a_line_then_falls_half_a_cosine():
@@ -345,6 +526,48 @@ def test_adamw_decays_matrices_only():
     assert found["encoder.cls_token"] == found["decoder.mask_token"] == found["encoder.fc_norm.weight"] == 0.0
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay)
     assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("decay", [0.65, 1.0])
+def test_each_layer_learns_at_its_share_of_the_rate(pool, decay):
+    vit = ViT(8, 4, dim=16, depth=11, heads=2, classes=3, pool=pool)    # blocks 1 and 10 must not be taken for each other
+    vit.pos_embed.requires_grad_(True)
+    layer = {vit.cls_token: 0, vit.pos_embed: 0} | dict.fromkeys(vit.patch_embed.parameters(), 0)
+    for k, block in enumerate(vit.blocks):
+        layer |= dict.fromkeys(block.parameters(), k + 1)
+    for module in (vit.norm, vit.fc_norm, vit.head):
+        layer |= dict.fromkeys(module.parameters(), 12)
+    optimizer = adamw(vit, 0.05, layer_decay=decay)
+    update(optimizer, step=3, warmup=0, total=9, lr=0.5, batch=64)
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    assert groups.keys() == layer.keys() == set(vit.parameters())
+    matrices = {module.weight for module in vit.modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    for name, p in vit.named_parameters():
+        rate = 0.5 * 64 / 256 * math.cos(math.pi / 2 * 3 / 9) ** 2 * decay ** (12 - layer[p])
+        assert groups[p]["lr"] == pytest.approx(rate, rel=1e-9), name
+        assert groups[p]["weight_decay"] == (0.05 if p in matrices else 0.0), name
+
+def update(optimizer, step, warmup, total, lr, batch, **more):
+    """One step of an optimizer at the rate of a place in a run → that rate."""
+    args = types.SimpleNamespace(lr=lr, batch=batch, warmup=warmup / 10, **more)            # warm-up in epochs of 10 steps
+    run = types.SimpleNamespace(args=args, step=step, total=total, per_epoch=10,
+                                scaler=torch.amp.GradScaler("cpu", enabled=False))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    Run.update(run, optimizer)
+    assert all(p.grad is None for group in optimizer.param_groups for p in group["params"])
+    return run.lr
+
+@pytest.mark.parametrize("floor", [None, 0.0, 0.02])
+def test_the_learning_rate_climbs_to_its_peak_and_falls_to_the_floor(floor):
+    peak, low, more = 0.8 * 32 / 256, floor or 0.0, {} if floor is None else dict(min_lr=floor)
+    for step in (0, 7, 19, 20, 21, 60, 119, 120):
+        weight = nn.Parameter(torch.zeros(1))
+        found = update(torch.optim.SGD([weight], lr=9.0), step, 20, 120, 0.8, 32, **more)
+        cosine = low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - 20) / 100))
+        wanted = peak * (step + 1) / 20 if step < 20 else cosine
+        assert found == pytest.approx(wanted, rel=1e-9, abs=1e-12) and weight.item() == pytest.approx(-wanted, rel=1e-5, abs=1e-9)
 
 # ------------------------------------------------------------------------------------------------------------------ scenes
 
@@ -526,6 +749,69 @@ def test_a_stream_with_scale_is_decided_by_each_batchs_seed_and_seeds_what_follo
 def test_pictures_without_masks_stream_none():
     assert next(some_pictures(masks=False).stream([(torch.arange(2), 0)], CPU, 8, 0.5))[2] is None
 
+def test_pick_keeps_pictures_with_their_labels_and_masks():
+    data = some_pictures()
+    whole, index = copy.deepcopy(data), torch.tensor([29, 3, 4])
+    data.pick(index)
+    assert len(data) == 3 and data.labels.tolist() == [2, 0, 1] and data.classes == ["a", "b", "c"]
+    assert torch.equal(data.images, whole.images[index]) and torch.equal(data.masks, whole.masks[index])
+    assert torch.equal(next(data.stream([(torch.tensor([1]), 0)], CPU, (12, 16)))[0], whole.normalise(whole.images[[3]]))
+    data.pick(slice(None))
+    assert len(data) == 3
+
+def test_pick_keeps_the_boxes_of_scenes_beside_their_masks():
+    data, index = Scenes(20, 16), torch.tensor([7, 2])
+    boxes = data.boxes.clone()
+    data.pick(index)
+    assert torch.equal(data.boxes, boxes[index])
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_few_keeps_as_many_of_each_class_as_asked_and_the_seed_says_which(count):
+    numbers, found = torch.arange(30), []
+    for seed in (0, 0, 1):
+        data = Pictures(numbers.byte()[:, None, None, None].expand(-1, 1, 4, 4), numbers % 3, "abc")
+        torch.manual_seed(len(found))                                   # whatever was drawn before
+        data.few(count, seed)
+        found.append(sorted(data.images[:, 0, 0, 0].tolist()))
+        assert data.labels.bincount().tolist() == [count] * 3
+        assert (data.images[:, 0, 0, 0] % 3 == data.labels).all() and len(set(found[-1])) == 3 * count
+    assert found[0] == found[1] != found[2] and found[0] != list(range(3 * count))
+
+def test_too_few_pictures_of_a_class_are_told_with_their_number():
+    labels = torch.tensor([0, 0, 0, 0, 1, 1, -1, -1, -1])
+    data = Pictures(torch.zeros(9, 1, 4, 4, dtype=torch.uint8), labels, ["cat", "dog", "eel"])
+    with pytest.raises(Problem, match="3 pictures.*dog 2, eel 0") as error:
+        data.few(3, 0)
+    assert "cat" not in str(error.value) and len(data) == 9
+
+def test_few_takes_no_picture_without_a_label():
+    data = Pictures(torch.zeros(40, 1, 4, 4, dtype=torch.uint8), torch.tensor([0, 1, -1, -1]).repeat(10), "ab")
+    data.few(10, 3)
+    assert data.labels.tolist() == [0] * 10 + [1] * 10
+
+def test_validation_pictures_are_normalised_as_those_of_training():
+    train, val = open_data(size=8, limit=20)
+    assert torch.equal(train.mean, val.mean) and torch.equal(train.std, val.std)
+
+def test_a_change_comes_after_the_crop_picture_by_picture():
+    data, seen = some_pictures(), []
+
+    def change(image):
+        assert image.dtype == torch.uint8 and image.shape == (3, 8, 8)
+        seen.append(torch.rand(1).item())                               # drawn from the batch's seed
+        return 255 - image if len(seen) % 2 else image
+    plan = [(torch.arange(6), 11)]
+    plain, = data.stream(plan, CPU, 8, scale=1.0)
+    changed, = data.stream(plan, CPU, 8, scale=1.0, change=change)
+    pixels = [(images * data.std + data.mean).clamp(0, 255) for images in (plain[0], changed[0])]
+    torch.testing.assert_close(pixels[1][1::2], pixels[0][1::2], rtol=0, atol=0.51)         # rounded to whole numbers
+    torch.testing.assert_close(pixels[1][::2], 255 - pixels[0][::2], rtol=0, atol=0.51)
+    assert len(set(seen)) == 6 and torch.equal(changed[1], plain[1]) and torch.equal(changed[2], plain[2])
+    list(data.stream(plan, CPU, 8, scale=1.0, change=change))
+    assert seen[6:] == seen[:6]
+    list(data.stream(plan, CPU, 8, change=change))                      # whole pictures, for judging, stay as they are
+    assert len(seen) == 12
+
 # ---------------------------------------------------------------------------------------------------------- pictures in files
 
 COLOURS = {"red": (220, 30, 40), "green": (20, 180, 60), "blue": (40, 50, 200)}
@@ -593,6 +879,24 @@ def test_limit_uses_the_first_pictures_only(classes):
     train, val = open_data(str(classes), limit=5)
     assert len(train) == 5 and len(val) == 2
     assert colours(train)[1] == [0, 0, 0, 0, 1]
+
+@pytest.mark.parametrize("index", [[7, 2, 11], [5]])
+def test_files_are_picked_with_their_labels(index, classes):
+    train, whole = open_data(str(classes))[0], open_data(str(classes))[0]
+    train.pick(torch.tensor(index))
+    assert len(train) == len(train.paths) == len(index) and train.paths.tolist() == [whole.paths[i] for i in index]
+    assert colours(train)[1] == [i // 4 for i in index]
+
+def test_few_of_files_keeps_as_many_of_each_class(classes):
+    train, _ = open_data(str(classes))
+    train.few(3, 0)
+    assert train.labels.bincount().tolist() == [3, 3, 3] and len(set(train.paths.tolist())) == 9
+    assert all(train.classes[label] in os.fsdecode(path) for path, label in zip(train.paths, train.labels))
+
+def test_a_file_is_a_data_set_of_one(classes):
+    data, val = open_data(str(classes / "train" / "red" / "0.png"))
+    assert len(data) == 1 and val is None and data.labels.tolist() == [-1]
+    torch.testing.assert_close(colours(data)[0], torch.tensor([COLOURS["red"]]).float(), rtol=0, atol=0.6)
 
 KINDS = {
     "grey.png": ("L", {}), "bilevel.png": ("1", {}), "rgba.png": ("RGBA", {}), "greyalpha.png": ("LA", {}),
@@ -740,6 +1044,14 @@ def test_crops_of_files_do_not_depend_on_the_number_of_workers(hundred):
     assert first[0].shape == (3, 3, 12, 16) and torch.equal(first[0], again[0]) and torch.equal(first[2], again[2])
     assert not torch.equal(first[2], other[2])
 
+def test_a_change_comes_after_the_crop_of_each_file_and_only_there(hundred):
+    data, plan = folder(hundred), [(torch.tensor([3, 60]), 1)]
+    invert = lambda image: 255 - image if image.dtype == torch.uint8 and image.shape == (3, 12, 16) else None
+    plain, changed, whole = (next(data.stream(plan, CPU, (12, 16), *view))[0] * data.std + data.mean
+                             for view in [(0.3,), (0.3, invert), (None, invert)])
+    torch.testing.assert_close(changed, 255 - plain, rtol=0, atol=1e-3)
+    assert whole[0].mean((1, 2)).argmax() == 0 and whole[1].mean((1, 2)).argmax() == 2      # red and blue, not inverted
+
 def test_every_file_of_a_batch_is_cropped_in_its_own_way(hundred):
     for k in range(1, 8):
         (hundred / "a" / f"{k:02}.jpg").write_bytes((hundred / "a" / "00.jpg").read_bytes())
@@ -770,7 +1082,7 @@ def test_fashion_mnist_is_read_from_root(fashion):
     root, parts = fashion
     for data, (images, labels) in zip(open_data("fashion-mnist", str(root), limit=8), parts):
         assert data.channels == 1 and data.size == (28, 28) and len(data) == 8 and len(data.classes) == 10
-        assert np.array_equal(data.images[:, 0].numpy(), images) and data.labels.tolist() == labels.tolist()
+        assert np.array_equal(data.images[:, 0].numpy(), images[:8]) and data.labels.tolist() == labels[:8].tolist()
         assert data.images.dtype == torch.uint8 and data.masks is None
         found = next(data.stream([(torch.arange(8), 0)], CPU, 28))
         assert found[0].shape == (8, 1, 28, 28) and found[1].tolist() == labels[:8].tolist()
@@ -941,22 +1253,27 @@ def test_a_sheet_is_a_png_with_every_picture_in_its_place(channels, height, widt
                        for x in range(strip.shape[1] - large.shape[1] + 1) if (strip[y, x] == large[0, 0]).all()]
             assert any(np.array_equal(window, large) for window in windows)
 
+def preset(args, kind):
+    """What is left open, by the kind of data and by the task."""
+    return PRESETS[kind] | ({"lr": 9.0, "labels": 7} if args.task == "probe" else {})
+
 PRESETS = {"scenes": dict(lr=0.1, batch=32, size=64), "small": dict(lr=0.2, batch=64),
            "imagenet": dict(lr=0.3, batch=4096, size=224)}
 
 def options(out):
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser("mae.py")
     for name, kind in (("data", str), ("lr", float), ("batch", int), ("size", int), ("epochs", int), ("patch", int),
-                       ("micro-batch", int), ("limit", int)):
+                       ("micro-batch", int), ("limit", int), ("labels", int), ("pool", str)):
         parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
-    parser.add_argument("--out", default=str(out))
+    parser.add_argument("--out", default=out and str(out))
+    parser.add_argument("--task", default="pretrain")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
 def test_the_data_selects_a_preset_and_a_flag_wins(tmp_path):
-    parse = lambda *words: settings(options(tmp_path), PRESETS, words)
+    parse = lambda *words: settings(options(tmp_path), preset, words)
     assert (parse().lr, parse().batch, parse().size, parse().seed, parse().epochs) == (0.1, 32, 64, 0, None)
     assert parse("--data", "fashion-mnist").lr == parse("--data", "cifar10").lr == 0.2
     assert parse("--data", "/some/folder").lr == parse("--data", "imagenette").lr == 0.3
@@ -967,19 +1284,44 @@ def test_the_data_selects_a_preset_and_a_flag_wins(tmp_path):
 def test_resuming_takes_what_is_not_given_from_the_run_before(tmp_path):
     args = dict(data="mnist", lr=0.7, batch=48, size=28, seed=5, resume=False, overwrite=True, out="elsewhere")
     torch.save({"args": args}, tmp_path / "last.pt")
-    resumed = settings(options(tmp_path), PRESETS, ["--resume", "--lr", "0.9"])
+    resumed = settings(options(tmp_path), preset, ["--resume", "--lr", "0.9"])
     assert (resumed.data, resumed.lr, resumed.seed, resumed.size, resumed.batch) == ("mnist", 0.9, 5, 28, 48)
     assert resumed.resume and not resumed.overwrite and resumed.out == str(tmp_path)
     with pytest.raises(Problem, match="--batch 48, not 96"):                                # it decides what a step is
-        settings(options(tmp_path), PRESETS, ["--resume", "--batch", "96"])
+        settings(options(tmp_path), preset, ["--resume", "--batch", "96"])
 
-@pytest.mark.parametrize("name", ["batch", "size", "epochs", "patch", "micro-batch", "limit"])
+@pytest.mark.parametrize("task, out", [("pretrain", "runs/mae"), ("probe", "runs/mae-probe"), ("knn", "runs/mae-knn")])
+def test_each_task_has_its_folder_unless_one_is_named(task, out):
+    assert settings(options(None), preset, ["--task", task]).out == out
+    assert settings(options(None), preset, ["--task", task, "--out", "elsewhere"]).out == "elsewhere"
+
+def test_the_task_decides_what_is_left_open(tmp_path):
+    found = settings(options(tmp_path), preset, ["--task", "probe"])
+    assert (found.lr, found.labels, found.batch) == (9.0, 7, 32)
+    assert settings(options(tmp_path), preset, ["--task", "probe", "--labels", "2"]).labels == 2
+
+@pytest.mark.parametrize("named", [True, False])
+def test_resuming_remembers_the_task_and_its_options(named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = vars(settings(options(None), preset, ["--task", "probe", "--labels", "4", "--pool", "cls"])) | {"vit": {"dim": 16}}
+    os.makedirs("runs/mae-probe")
+    torch.save({"args": args}, "runs/mae-probe/last.pt")
+    words = ["--out", "runs/mae-probe"] if named else ["--task", "probe"]
+    found = settings(options(None), lambda *_: pytest.fail("a preset, though everything is known"), ["--resume", *words])
+    assert (found.task, found.labels, found.pool, found.lr, found.vit) == ("probe", 4, "cls", 9.0, {"dim": 16})
+    assert found.out == "runs/mae-probe" and found.resume
+    with pytest.raises(Problem, match="--labels 4, not 5"):
+        settings(options(None), preset, ["--resume", *words, "--labels", "5"])
+    with pytest.raises(Problem, match="--task probe, not finetune"):
+        settings(options("runs/mae-probe"), preset, ["--resume", "--task", "finetune"])
+
+@pytest.mark.parametrize("name", ["batch", "size", "epochs", "patch", "micro-batch", "limit", "labels"])
 @pytest.mark.parametrize("value", ["0", "-3"])
 def test_a_count_below_one_is_refused_by_its_name(name, value, tmp_path):
     with pytest.raises(Problem, match=f"--{name} must be at least 1"):
-        settings(options(tmp_path), PRESETS, [f"--{name}={value}"])
+        settings(options(tmp_path), preset, [f"--{name}={value}"])
 
 @pytest.mark.parametrize("words", [["--nonsense"], ["--batch", "many"], ["--lr"]])
 def test_a_wrong_command_line_is_a_problem_and_no_exit(words, tmp_path):
     with pytest.raises(Problem, match="--help"):
-        settings(options(tmp_path), PRESETS, words)
+        settings(options(tmp_path), preset, words)

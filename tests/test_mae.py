@@ -26,6 +26,7 @@ QUICK = [*SMALL, *"--epochs 2 --batch 16 --lr 1e-2 --warmup 0.5 --workers 0 --de
 EPOCHS, STEPS, BATCH, LR, WARMUP = 3, 60, 32, 1e-3, 0.4                                  # on scenes, some six seconds
 SCENES = [*SMALL, *f"--limit {STEPS * BATCH} --epochs {EPOCHS} --batch {BATCH} --micro-batch {BATCH // 2} --lr {LR} "
           f"--warmup {WARMUP} --save-every 0 --device cpu".split()]
+TASK = "--epochs 3 --batch 16 --lr 1e-2 --warmup 0.5 --workers 0 --device cpu".split()  # of the three classes, 9 steps
 FOLDER = [*SMALL, *"--epochs 30 --batch 16 --lr 1e-2 --warmup 1 --crop 0.5 --workers 2 --save-every 0 --device cpu".split()]
 
 # ------------------------------------------------------------------------------------------------------------------ helpers
@@ -73,8 +74,8 @@ def losses(out):
 
 def assert_same_training(one, two):
     """Weights and optimizer state equal bit for bit; the log has the same epochs, each once, with equal losses."""
-    a, b = ({name: leaf for key in ("encoder", "decoder", "optimizer") for name, leaf in tensors(saved(out)[key], key).items()}
-            for out in (one, two))
+    a, b = ({name: leaf for key in ("encoder", "decoder", "optimizer") if key in saved(out)
+             for name, leaf in tensors(saved(out)[key], key).items()} for out in (one, two))
     assert a.keys() == b.keys() and len(a) > 300                                         # weights and two moments of each
     for name, leaf in a.items():
         assert torch.equal(leaf, b[name]) if torch.is_tensor(leaf) else leaf == b[name], name
@@ -122,12 +123,40 @@ def pictures(tmp_path_factory):
     """A folder of 64 PNGs of 40×36, soft random colours of little contrast."""
     return paint_folder(tmp_path_factory.mktemp("pictures"), 64)
 
-def paint_folder(root, count):
-    random = torch.Generator().manual_seed(0)
+def paint_folder(root, count, seed=0, tint=(0, 0, 0), contrast=50):
+    random = torch.Generator().manual_seed(seed)
     for i in range(count):
         image = torch.nn.functional.interpolate(torch.rand(1, 3, 5, 4, generator=random), (40, 36), mode="bilinear")[0]
-        torchvision.io.write_png((100 + 50 * image).byte(), str(root / f"{i:03}.png"))
+        image = 100 + contrast * image + torch.tensor(tint)[:, None, None]
+        torchvision.io.write_png(image.byte(), str(root / f"{i:03}.png"))
     return root
+
+TINTS = {"red": (40, 0, 0), "green": (0, 40, 0), "blue": (0, 0, 40)}
+
+def class_folders(root, train=16, val=6, **how):
+    """train/ and val/ with pictures of three classes, each of its tint."""
+    for part, count in (("train", train), ("val", val)):
+        for k, (name, tint) in enumerate(TINTS.items()):
+            (root / part / name).mkdir(parents=True)
+            paint_folder(root / part / name, count, 10 * count + k, tint, **how)
+    return root
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    return class_folders(tmp_path_factory.mktemp("labelled"))
+
+@pytest.fixture(scope="module")
+def trained(labelled, tmp_path_factory):
+    """A model pre-trained on `labelled`, in moments → its folder."""
+    mae.main(["--data", str(labelled), *QUICK, "--out", str(out := tmp_path_factory.mktemp("trained") / "run")])
+    return out
+
+@pytest.fixture(scope="module")
+def tuned(labelled, trained, tmp_path_factory):
+    """A classifier fine-tuned from `trained` → its folder."""
+    mae.main(["--data", str(labelled), "--task", "finetune", "--init", f"{trained}/last.pt", *TASK,
+              "--out", str(out := tmp_path_factory.mktemp("tuned") / "run")])
+    return out
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
@@ -298,12 +327,14 @@ def test_knn_equals_a_slow_loop(k):
         votes = np.zeros(4)
         for i in sorted(range(150), key=lambda i: -similarity[i])[:k]:
             votes[labels[i]] += math.exp(similarity[i] / 0.07)
-        expected.append(votes.argmax())
-    assert mae.knn(bank, labels, queries, 4, k=k).tolist() == expected and len(set(expected)) == 4
+        expected.append(votes)
+    scores = mae.knn(bank, labels, queries, 4, k=k)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-3)                      # exp of up to 14, of float32 cosines
+    assert scores.argmax(1).tolist() == np.argmax(expected, 1).tolist() and len(scores.argmax(1).unique()) == 4
 
 def test_knn_weighs_near_neighbours_more_than_many_far_ones():
     bank, labels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0], [-0.1, 1.0]]), torch.tensor([0, 1, 1, 1])
-    assert mae.knn(bank, labels, torch.tensor([[5.0, 0.5]]), 2).tolist() == [0]          # whatever its length
+    assert mae.knn(bank, labels, torch.tensor([[5.0, 0.5]]), 2).argmax(1).tolist() == [0]    # whatever its length
 
 @pytest.mark.parametrize("ridge", [0.1, 10.0, 1000.0])
 def test_the_linear_judge_is_ridge_regression(ridge):
@@ -314,34 +345,177 @@ def test_the_linear_judge_is_ridge_regression(ridge):
     # Ridge regression as plain least squares: one more row √ridge · eᵢ → 0 for each weight.
     rows, targets = np.r_[x, math.sqrt(ridge) * np.eye(x.shape[1])], np.r_[np.eye(4)[labels.numpy()], np.zeros((x.shape[1], 4))]
     scores = q @ np.linalg.lstsq(rows, targets, rcond=None)[0]
-    predicted = mae.linear(bank, labels, queries, 4, ridge)
-    assert predicted.tolist() == scores.argmax(1).tolist()
-    assert (predicted == truth).float().mean() > 0.5                                     # of four classes
+    found = mae.linear(bank, labels, queries, 4, ridge)
+    np.testing.assert_allclose(found.numpy(), scores, rtol=0, atol=1e-4)                 # of float32 features
+    assert (found.argmax(1) == truth).float().mean() > 0.5                               # of four classes
 
 def test_the_linear_judge_ignores_the_scale_and_place_of_a_feature():
     bank, labels, queries, _ = features_for_judges()
     scale, shift = torch.tensor([1e3, 1e-3, 1.0, 5.0, 0.2, 1.0]), torch.tensor([0.0, 1.0, -50.0, 0.0, 3.0, 0.0])
-    moved = mae.linear(bank * scale + shift, labels, queries * scale + shift, 4)
-    assert (moved == mae.linear(bank, labels, queries, 4)).float().mean() > 0.95         # float32 blurs 1e-3 beside 1
+    moved = mae.linear(bank * scale + shift, labels, queries * scale + shift, 4).argmax(1)
+    assert (moved == mae.linear(bank, labels, queries, 4).argmax(1)).float().mean() > 0.95   # float32 blurs 1e-3 beside 1
 
-def test_features_choose_the_same_labelled_pictures_every_time():
+@pytest.mark.parametrize("pool", ["mean", "cls"])
+def test_features_choose_the_same_labelled_pictures_every_time(pool):
     torch.manual_seed(0)
     labels = torch.arange(600)
     labels[::3] = -1                                                                     # not labelled
     data = common.Pictures(torch.randint(256, (600, 3, 8, 8), dtype=torch.uint8), labels, [str(i) for i in range(600)])
     encoder = common.ViT(8, 4, 3, dim=16, depth=1, heads=2).eval()
     run = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False))
-    first, numbers = mae.features(encoder, data, run, 8, 300)
+    args = SimpleNamespace(size=8, pool=pool)
+    first, numbers = mae.features(encoder, data, run, args, 300)
     torch.manual_seed(99)                                                                # whatever was drawn in between
-    second, again = mae.features(encoder, data, run, 8, 300)
+    second, again = mae.features(encoder, data, run, args, 300)
     assert torch.equal(numbers, again) and torch.equal(first, second)
     assert len(set(numbers.tolist())) == 300 and (numbers >= 0).all() and not (numbers % 3 == 0).any()
     assert numbers.float().mean().item() == pytest.approx(300, abs=4 * 173 / math.sqrt(300))    # from everywhere
     with torch.no_grad():
         tokens = encoder.encode(encoder.embed(data.normalise(data.images[numbers])))     # a label's own picture
-        expected = tokens[:, 1:].mean(1)
+        expected = tokens[:, 1:].mean(1) if pool == "mean" else tokens[:, 0]
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-5)                    # other batch size, float32
-    assert len(mae.features(encoder, data, run, 8, 10_000)[1]) == 400                    # all that have a label
+    for count in (10_000, None):
+        assert len(mae.features(encoder, data, run, args, count)[1]) == 400              # all that have a label
+
+def test_lars_equals_its_formula_and_goes_on_from_its_state():
+    random = np.random.default_rng(0)
+    start = [random.normal(size=size) for size in ((3, 4), (2, 3), (3,), (4, 2), (2, 2, 2))]
+    start[1][:] = 0                                                                      # no length: its gradient as it is
+    weights = [torch.nn.Parameter(torch.tensor(w)) for w in start]
+    optimizer, speeds = mae.LARS(weights, trust=0.02, momentum=0.8), [0 * w for w in start]
+    for step, lr in enumerate((0.3, 0.1, 0.7, 0.2)):
+        slopes = [random.normal(size=w.shape) * (0 if k == 3 and step in (0, 2) else 1) for k, w in enumerate(start)]
+        for k, (w, g) in enumerate(zip(start, slopes)):
+            length, slope = np.sqrt((w ** 2).sum()), np.sqrt((g ** 2).sum())
+            rate = 0.02 * length / slope if w.ndim > 1 and length > 0 and slope > 0 else 1
+            speeds[k] = 0.8 * speeds[k] + rate * g
+            start[k] = w - lr * speeds[k]
+            weights[k].grad = torch.tensor(g)
+        if step == 2:                                                                    # as after --resume
+            state, optimizer = optimizer.state_dict(), mae.LARS(weights)
+            optimizer.load_state_dict(state)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        for w, parameter in zip(start, weights):
+            np.testing.assert_allclose(parameter.detach().numpy(), w, rtol=1e-12, atol=1e-15)
+    assert np.abs(start[1]).min() > 0 and np.abs(start[3]).min() > 0
+
+@pytest.mark.parametrize("classes", [2, 4, 5, 12])
+def test_count_equals_a_loop(classes):
+    random = np.random.default_rng(classes)
+    scores, labels = random.normal(size=(50, classes)), random.integers(classes, size=50)
+    confusion, five = np.zeros((classes, classes), int), 0
+    for row, truth in zip(scores, labels):
+        confusion[truth, row.argmax()] += 1
+        five += truth in sorted(range(classes), key=lambda k: -row[k])[:5]
+    found = mae.count(torch.tensor(scores), torch.tensor(labels))
+    np.testing.assert_array_equal(found[0].numpy(), confusion)
+    assert found[1].tolist() == [five] and (five == 50) == (classes <= 5)
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_measure_every_labelled_picture_once_and_add_up(world, monkeypatch):
+    torch.manual_seed(0)
+    labels = torch.randint(-1, 7, (101,))                                                # −1: not labelled
+    data = common.Pictures(torch.randint(256, (101, 3, 8, 8), dtype=torch.uint8), labels, "abcdefg")
+    model, seen, shares = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(192, 7)), [], []
+    watch = model.register_forward_pre_hook(lambda module, given: seen.extend(given[0].flatten(1)))
+    monkeypatch.setattr(mae.dist, "all_reduce", lambda total: shares.append(total.clone()))
+    for rank in range(world):
+        run = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False), rank=rank,
+                              world=world, micro=8)
+        found = mae.measure(model.train(), data, run, SimpleNamespace(size=8))
+        assert model.training                                                            # goes on as before
+    watch.remove()
+    images, confusion, five = data.normalise(data.images)[labels >= 0], np.zeros((7, 7), int), 0
+    with torch.no_grad():
+        for truth, row in zip(labels[labels >= 0].tolist(), model.eval()(images).tolist()):  # without dropout
+            confusion[truth, np.argmax(row)] += 1
+            five += row[truth] in sorted(row)[2:]
+    each = {tuple(image.tolist()) for image in seen}
+    assert len(seen) == len(each) == len(images) and each == {tuple(image.tolist()) for image in images.flatten(1)}
+    if world == 1:
+        assert found[:2] == (np.trace(confusion) / len(images), five / len(images)) and not shares
+        np.testing.assert_array_equal(found[2].numpy(), confusion)
+    else:
+        np.testing.assert_array_equal(sum(shares[::2]).numpy(), confusion)
+        assert sum(shares[1::2]).tolist() == [five] and len(shares) == 2 * world
+
+# ------------------------------------------------------------------------------------------------------------- classifiers
+
+def classifier_args(task, **options):
+    return SimpleNamespace(**dict(task=task, size=8, patch=4, channels=3, vit=dict(dim=16, depth=3, heads=2), pool="mean",
+                                  drop_path=0.0, train_blocks=None, seed=0) | options)
+
+def learning(vit):
+    return {name for name, p in vit.named_parameters() if p.requires_grad}
+
+@pytest.mark.parametrize("pool, norm", [("mean", "fc_norm"), ("cls", "norm")])
+def test_what_learns_in_each_task(pool, norm):
+    assert learning(mae.classifier(classifier_args("probe", pool=pool), 5)) == {"head.1.weight", "head.1.bias"}
+    vit = mae.classifier(classifier_args("finetune", pool=pool), 5)
+    everything = {name for name, _ in vit.named_parameters()}
+    assert learning(vit) == everything and "pos_embed" in everything
+    for blocks in range(4):
+        wanted = {name for name in everything if name.split(".")[0] in (norm, "head")
+                  or name.startswith("blocks.") and int(name.split(".")[1]) >= 3 - blocks}
+        assert learning(mae.classifier(classifier_args("finetune", pool=pool, train_blocks=blocks), 5)) == wanted
+    with pytest.raises(common.Problem, match="--train-blocks 4.* 3"):
+        mae.classifier(classifier_args("finetune", train_blocks=4), 5)
+
+@pytest.mark.parametrize("task, std", [("probe", 0.01), ("finetune", 2e-5)])
+def test_heads_start_small_and_the_seed_decides_them(task, std):
+    one, two, other = (mae.classifier(classifier_args(task, seed=seed), 1000).state_dict() for seed in (3, 3, 4))
+    name = "head.1" if task == "probe" else "head"
+    weight = one[f"{name}.weight"]
+    assert weight.std().item() == pytest.approx(std, rel=0.03)                           # 16,000 numbers: 5 standard errors
+    assert abs(weight.mean().item()) < 5 * std / math.sqrt(16_000) and not one[f"{name}.bias"].any()
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert not torch.equal(weight, other[f"{name}.weight"])
+
+def test_a_probe_stands_behind_a_batch_norm_without_weights():
+    head = mae.classifier(classifier_args("probe"), 5).head
+    x = torch.randn(64, 16) * 5 + 3
+    normal = (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-6).sqrt()
+    torch.testing.assert_close(head(x), normal @ head[1].weight.T + head[1].bias, rtol=1e-4, atol=1e-6)
+    assert head[0].eps == 1e-6 and not list(head[0].parameters())
+
+RECIPES = {  # the paper's tables 9 to 11 and section A.1: what --data FOLDER chooses
+    "--task finetune": dict(model="base", lr=5e-4, layer_decay=0.65, drop_path=0.1, epochs=100, batch=1024, warmup=5.0, crop=0.08,
+                            min_lr=1e-6, label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25, pool="mean",
+                            size=224, weight_decay=0.05),
+    "--task finetune --model large": dict(lr=1e-3, layer_decay=0.75, drop_path=0.2, epochs=50, batch=1024, label_smoothing=0.1),
+    "--task finetune --model huge": dict(lr=1e-3, layer_decay=0.75, drop_path=0.3, epochs=50, batch=1024),
+    "--task probe": dict(lr=0.1, epochs=90, batch=16384, warmup=10.0, pool="cls", drop_path=0.0, label_smoothing=0.0, mixup=None,
+                         cutmix=None, randaugment=None, erasing=None, layer_decay=1.0, min_lr=0.0),
+    "--task probe --model large": dict(lr=0.1, epochs=50),
+    "--task probe --model huge --epochs 7": dict(lr=0.1, epochs=7),
+    "--task finetune --lr 3 --mixup 0": dict(lr=3.0, mixup=0.0, cutmix=1.0),
+    "": dict(lr=1.5e-4, epochs=800, batch=4096, warmup=40.0, norm_pixels=True, min_lr=0.0),
+}
+
+@pytest.mark.parametrize("words", RECIPES)
+def test_on_a_folder_of_pictures_every_task_follows_the_paper(words, tmp_path):
+    args = vars(common.settings(mae.options(), mae.preset, ["--data", "/pictures", *words.split()]))
+    assert {name: args[name] for name in RECIPES[words]} == RECIPES[words]
+
+@pytest.mark.parametrize("name", ["base", "large", "huge"])
+def test_a_file_chooses_the_recipe_of_its_size(name, tmp_path):
+    vit, words = common.VITS[name], ["--data", "/pictures", "--task", "finetune"]
+    state = {"patch_embed.proj.weight": torch.zeros(vit["dim"], 3, vit["patch"], vit["patch"]),
+             "pos_embed": torch.zeros(1, 257, vit["dim"])}
+    torch.save(state | {f"blocks.{k}.norm1.bias": torch.zeros(1) for k in range(vit["depth"])}, tmp_path / "a.pth")
+    said, found = (vars(common.settings(mae.options(), mae.preset, [*words, *more]))
+                   for more in (["--model", name], ["--init", str(tmp_path / "a.pth")]))
+    for option in ("lr", "layer_decay", "drop_path", "epochs", "batch", "mixup", "pool"):
+        assert found[option] == said[option], option
+    assert found["vit"] == {part: vit[part] for part in ("dim", "depth", "heads")} and found["size"] == 16 * vit["patch"]
+
+@pytest.mark.parametrize("flags", ["--layer-decay 1.1", "--drop-path -0.1", "--label-smoothing 2", "--erasing 1.5", "--mixup -1",
+                                   "--cutmix -1", "--mixup nan", "--min-lr -1", "--labels 0", "--train-blocks -1",
+                                   "--randaugment 31", "--drop-path nan", "--randaugment -1"])
+def test_options_of_evaluation_have_bounds(flags):
+    with pytest.raises(common.Problem, match=f"{flags.split()[0]} must"):
+        common.settings(mae.options(), mae.preset, ["--task", "finetune", *flags.split()])
 
 # ------------------------------------------------------------------------------------------------------------ a run, whole
 
@@ -454,7 +628,9 @@ def test_every_option_of_the_design_is_there_and_help_is_grouped(cli):
     code, output, _ = cli("--help")
     assert code == 0
     words = """--data --root --out --model --size --patch --epochs --batch --micro-batch --lr --warmup --weight-decay --workers
-               --seed --precision --compile --resume --overwrite --device --limit --mask-ratio --masking --norm-pixels --crop"""
+               --seed --precision --compile --resume --overwrite --device --limit --mask-ratio --masking --norm-pixels --crop
+               --task --init --eval --labels --train-blocks --pool --layer-decay --drop-path --mixup --cutmix --erasing --min-lr
+               --randaugment --label-smoothing"""
     assert all(re.search(rf"{word}\b", output) for word in words.split())
     assert len(re.findall(r"^\w+:$", output, re.MULTILINE)) >= 4
     assert [mae.options().parse_args(flags).compile for flags in ([], ["--compile"], ["--no-compile"])] == [None, True, False]
@@ -493,6 +669,223 @@ def test_normalised_pixels_weigh_a_flat_picture_like_any_other(pictures, tmp_pat
     power = common.Files([], [], []).normalise(images).square().mean().item()
     # Both start from one prediction p: E(p − t)² differs by the targets' power, 1 against that of the pixels, and by 2·E(p·t).
     assert loss["--norm-pixels"] - loss["--no-norm-pixels"] == pytest.approx(1 - power, abs=0.35)
+
+# -------------------------------------------------------------------------------------------------------------- evaluation
+
+def test_knn_measures_what_pre_training_did_at_its_end(uninterrupted, tmp_path, cli):
+    judged = log_of(uninterrupted[0])[-1]
+    flags = ["--task", "knn", "--limit", STEPS * BATCH, "--device", "cpu"]
+    for name, words in (("trained", ["--init", uninterrupted[0] / "last.pt"]), ("untrained", SMALL)):
+        code, output, errors = cli(*flags, *words, "--out", tmp_path / name)
+        assert code == 0 and not errors
+        line, = log_of(tmp_path / name)
+        assert line["task"] == "knn" and 0 < line["top1"] <= line["top5"] <= 1
+        assert line["top1"] == pytest.approx(judged[f"knn_{name}"], abs=1e-6)            # a mean in float32
+        assert f"top-1 {line['top1']:.4f}" in output and len(line["class_accuracy"]) == 10
+
+@pytest.mark.parametrize("task", ["probe", "finetune"])
+@pytest.mark.parametrize("scratch", [False, True])
+def test_a_classifier_trains_and_its_best_is_measured_again_the_same(task, scratch, labelled, trained, tmp_path, cli):
+    words = SMALL if scratch else ["--init", trained / "last.pt"]
+    out, again = tmp_path / "run", tmp_path / "again"
+    code, output, errors = cli("--data", labelled, "--task", task, *words, *TASK, "--out", out)
+    assert code == 0 and not errors
+    assert {path.name for path in out.iterdir()} == {"last.pt", "best.pt", "log.jsonl", "args.json"}
+    *epochs, last = log_of(out)
+    assert [line["epoch"] for line in epochs] == [1, 2, 3] and {line["top5"] for line in epochs} == {1}   # three classes
+    assert last["task"] == task and last["top5"] == 1 and last["top1"] == epochs[-1]["top1"]
+    best = torch.load(out / "best.pt", weights_only=True)
+    assert last["best_top1"] == max(line["top1"] for line in epochs) == best["top1"]
+    assert best["step"] == next(line["step"] for line in epochs if line["top1"] == best["top1"])     # the first of equals
+    assert last["top1"] == pytest.approx(sum(last["class_accuracy"]) / 3, abs=1e-4)      # as many of each class
+    table = [line.split() for line in output.splitlines()[-4:]]
+    assert table[0] == ["truth", "blue", "green", "red"] and [int(row[1 + k]) / 6 for k, row in enumerate(table[1:])] == \
+        pytest.approx(last["class_accuracy"], abs=1e-4)
+
+    for group in saved(out)["optimizer"]["param_groups"]:
+        if task == "probe":
+            assert (group["trust"], group["momentum"]) == (0.001, 0.9)
+        else:
+            assert tuple(group["betas"]) == (0.9, 0.999) and group["weight_decay"] in (0.0, 0.05)
+
+    code, _, errors = cli("--data", labelled, "--task", task, "--eval", *TASK, "--init", out / "best.pt", "--out", again)
+    line, = log_of(again)
+    assert code == 0 and not errors and line["top1"] == last["best_top1"] and line["task"] == task
+    assert {path.name for path in again.iterdir()} == {"log.jsonl", "args.json"}
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("flags", ["--task probe", "--task finetune --train-blocks 0", "--task finetune --train-blocks 1",
+                                   "--task finetune"])
+def test_what_does_not_learn_does_not_move(flags, pool, labelled, trained, tmp_path, cli):
+    words = ["--data", labelled, *flags.split(), "--init", trained / "last.pt", *TASK, "--pool", pool]
+    assert cli(*words, "--out", tmp_path)[0] == 0
+    before, after = saved(trained)["encoder"], saved(tmp_path)["encoder"]
+    moved = {name for name, value in before.items() if name in after and not torch.equal(value, after[name])}
+    norm = {"norm.weight", "norm.bias"} & after.keys()                                   # the mean has a new one
+    last = {name for name in before if name.startswith("blocks.3.")}
+    assert moved == {"probe": set(), "0": norm, "1": norm | last, "finetune": before.keys() & after.keys()}[flags.split()[-1]]
+    assert ("norm.weight" in after) == (pool == "cls")
+
+def test_mixed_pictures_get_the_share_of_each_class_and_smoothing_after(trained, tmp_path, cli, monkeypatch):
+    folder, real, seen = class_folders(tmp_path / "plain", contrast=0), mae.classifier, []
+
+    def classifier(args, classes):
+        vit = real(args, classes)
+        vit.register_forward_pre_hook(lambda module, given: seen.append([given[0]]) if module.training else None)
+        return vit
+
+    def cross_entropy(scores, targets, **how):
+        loss = whole(scores, targets, **how)
+        seen[-1].extend([scores.detach(), targets, loss.detach()])
+        return loss
+    whole = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(mae, "classifier", classifier)
+    monkeypatch.setattr(mae.F, "cross_entropy", cross_entropy)
+    flags = "--mixup 0.8 --cutmix 1 --randaugment 0 --erasing 0 --label-smoothing 0.1".split()
+    code, _, errors = cli("--data", folder, "--task", "finetune", "--init", trained / "last.pt", *TASK, *flags,
+                          "--out", tmp_path / "out")
+    assert code == 0 and not errors and len(seen) == 9
+    tints = torch.tensor([TINTS[name] for name in sorted(TINTS)]).float() + 100
+    colours, kinds = common.Files([], [], []).normalise(tints[:, :, None, None])[:, :, 0, 0], set()     # (K, C)
+    for images, scores, targets, loss in seen:
+        assert targets.shape == (16, 3) and ((targets > 0).sum(1) <= 2).all() and 0 <= targets.min()
+        torch.testing.assert_close(targets.sum(1), torch.ones(16))
+        torch.testing.assert_close(images.mean((2, 3)), targets @ colours, rtol=0, atol=1e-3)    # pictures of one colour
+        smooth, log_share = 0.9 * targets + 0.1 / 3, scores.log_softmax(1)
+        torch.testing.assert_close(loss, -(smooth * log_share).sum(1).mean(), rtol=1e-5, atol=0)
+        kinds.add(bool((images.std((2, 3)) > 1e-3).any()))                               # cutmix leaves an edge, mixup none
+    assert kinds == {True, False}
+
+PLAIN = ["--task", "finetune", *TASK,
+         *"--mixup 0 --cutmix 0 --erasing 0 --randaugment 0 --label-smoothing 0 --layer-decay 1 --drop-path 0 --crop 1".split()]
+
+@pytest.fixture(scope="module")
+def plain(labelled, trained, tmp_path_factory):
+    """Fine-tuned with nothing of all that → its losses."""
+    out = tmp_path_factory.mktemp("plain")
+    mae.main(["--data", str(labelled), "--init", f"{trained}/last.pt", *PLAIN, "--out", str(out)])
+    return losses(out)
+
+@pytest.mark.parametrize("flags", ["--mixup 0.8", "--cutmix 1", "--erasing 1", "--randaugment 9", "--label-smoothing 0.1",
+                                   "--layer-decay 0.5", "--drop-path 0.9", "--pool cls", "--train-blocks 1", "--min-lr 0.1",
+                                   "--labels 4", "--crop 0.5", "--seed 1", "--no-compile"])
+def test_an_option_of_fine_tuning_trains_to_another_finite_loss(flags, plain, labelled, trained, tmp_path, cli):
+    code, _, errors = cli("--data", labelled, "--init", trained / "last.pt", *PLAIN, *flags.split(), "--out", tmp_path)
+    assert code == 0 and not errors and all(0 < loss < 10 for loss in losses(tmp_path))
+    assert (losses(tmp_path) == plain) == (flags == "--no-compile")                      # which is how a CPU runs anyway
+    assert_finite(tmp_path)
+
+def test_pictures_of_another_size_are_told_and_fine_tuned(labelled, trained, tmp_path, cli):
+    code, output, errors = cli("--data", labelled, "--task", "finetune", "--init", trained / "last.pt", *TASK, "--size", 64,
+                               "--out", tmp_path / "run")
+    assert code == 0 and not errors and "positions resized from 4×4 to 8×8" in output
+    assert saved(tmp_path / "run")["encoder"]["pos_embed"].shape == (1, 65, 128)
+
+def test_two_processes_measure_what_one_does(uninterrupted, tmp_path, cli):
+    flags = ["--task", "finetune", "--limit", 333, "--batch", 32, "--micro-batch", 16, "--device", "cpu"]
+    code, _, _ = cli(*flags, "--init", uninterrupted[0] / "last.pt", "--epochs", 2, "--out", tmp_path / "run")
+    assert code == 0
+    flags += ["--eval", "--init", tmp_path / "run" / "best.pt"]
+    output = cli(*flags, "--out", tmp_path / "one")[1]
+    together, _ = finish(start(tmp_path / "two", *flags, processes=2))
+    (one,), (two,) = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert one == two and "of 333 pictures" in output
+    assert output[output.index("finetune: top-1"):] == together[together.index("finetune: top-1"):]
+
+def test_two_processes_measure_a_probe_as_it_is_saved(tmp_path, cli):
+    words = ["--task", "probe", *SMALL, *"--limit 333 --batch 32 --micro-batch 16 --epochs 3 --device cpu".split()]
+    finish(start(tmp_path / "two", *words, processes=2))
+    assert cli(*words, "--init", tmp_path / "two" / "last.pt", "--eval", "--out", tmp_path / "one")[0] == 0
+    assert log_of(tmp_path / "two")[-1]["class_accuracy"] == log_of(tmp_path / "one")[-1]["class_accuracy"]
+
+def test_a_killed_fine_tuning_resumes_to_the_same_weights_bit_for_bit(uninterrupted, tmp_path, cli):
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    flags = ["--task", "finetune", "--init", uninterrupted[0] / "last.pt", *"--limit 640 --epochs 4 --batch 32 --mixup 0.8 "
+             "--cutmix 1 --erasing 0.2 --label-smoothing 0.1 --save-every 0 --device cpu".split()]
+    assert cli(*flags, "--out", whole)[0] == 0
+    process = start(out, *flags)
+    wait_until(process, lambda: step_of(out) % 20 and log_of(out))                       # best.pt is ahead of last.pt, or there
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert 0 < step_of(out) < 80 and (out / "best.pt").exists()
+    output, errors = finish(start(out, "--resume"))
+    assert not errors
+    assert_same_training(whole, out)
+    one, two = (torch.load(path / "best.pt", weights_only=True) for path in (whole, out))
+    assert (one["top1"], one["step"]) == (two["top1"], two["step"]) and log_of(whole)[-1] == log_of(out)[-1]
+    assert all(torch.equal(value, two["encoder"][name]) for name, value in one["encoder"].items())
+
+@pytest.mark.parametrize("task", ["probe", "finetune"])
+def test_a_finished_classifier_resumed_changes_nothing(task, labelled, trained, tmp_path, cli):
+    words = ["--data", labelled, "--task", task, "--init", trained / "last.pt", *TASK]
+    assert cli(*words, "--out", tmp_path)[0] == 0
+    before = {name: content for name, content in contents(tmp_path).items() if name != "args.json"}
+    code, output, errors = cli("--resume", "--out", tmp_path)
+    assert code == 0 and not errors and f"{task}: top-1" in output
+    assert {name: content for name, content in contents(tmp_path).items() if name != "args.json"} == before
+
+DRAW = "--task reconstruct --device cpu --workers 0".split()
+
+@pytest.mark.parametrize("switch, caption", [("--norm-pixels", "true mean and contrast"), ("--no-norm-pixels", "reconstruction")])
+def test_a_reconstruction_is_the_one_pre_training_drew(switch, caption, labelled, tmp_path, cli, monkeypatch):
+    titles, save = [], mae.save_sheet
+    monkeypatch.setattr(mae, "save_sheet", lambda path, rows: (titles.append(list(rows)), save(path, rows)))
+    run, drawn = tmp_path / "run", tmp_path / "drawn"
+    assert cli("--data", labelled, *QUICK, switch, "--out", run)[0] == 0
+    code, output, errors = cli(*DRAW, "--init", run / "last.pt", "--data", labelled, "--out", drawn)
+    assert code == 0 and not errors and "does not say" not in output
+    assert (drawn / "reconstruction.png").read_bytes() == (run / "reconstruction.png").read_bytes()
+    assert titles[0] == titles[1] and ("true mean" in titles[1][2]) == (switch == "--norm-pixels") and caption in titles[1][2]
+
+def test_one_file_is_reconstructed(labelled, trained, tmp_path, cli, monkeypatch):
+    sheets, save = [], mae.save_sheet
+    monkeypatch.setattr(mae, "save_sheet", lambda path, rows: (sheets.append(rows), save(path, rows)))
+    path = labelled / "train" / "red" / "003.png"
+    code, _, errors = cli(*DRAW, "--init", trained / "last.pt", "--data", path, "--out", tmp_path)
+    assert code == 0 and not errors and (tmp_path / "reconstruction.png").exists()
+    original, masked, painted = sheets[0].values()
+    assert original.shape == masked.shape == painted.shape == (1, 3, 32, 32)
+    there = torchvision.io.decode_image(str(path)).float().mean((1, 2))
+    torch.testing.assert_close(original.float().mean((0, 2, 3)), there, rtol=0, atol=4)  # its middle, resized
+    patches = common.patchify((masked == original).float(), 8).mean(-1)
+    assert (patches == 1).sum() == 4                                                     # of 16, a quarter stays
+    seen = (patches == 1)[..., None]
+    assert torch.equal(common.patchify(painted, 8) * seen, common.patchify(original, 8) * seen)
+    assert not torch.equal(painted, original)
+
+def test_pictures_to_draw_are_normalised_as_those_the_model_learned_from(labelled, trained, tmp_path, cli, monkeypatch):
+    there, seen, paint = saved(trained), [], mae.MAE.paint
+    there["args"] |= dict(mean=[100.0, 90.0, 80.0], std=[50.0, 40.0, 30.0])
+    torch.save(there, tmp_path / "other.pt")
+    monkeypatch.setattr(mae.MAE, "paint", lambda model, images, *more: (seen.append(images), paint(model, images, *more))[1])
+    for name, path in (("usual", trained / "last.pt"), ("other", tmp_path / "other.pt")):
+        assert cli(*DRAW, "--init", path, "--data", labelled, "--out", tmp_path / name)[0] == 0
+    column = lambda numbers: torch.tensor(numbers)[:, None, None]
+    pixels = common.Files([], [], [])
+    pixels = seen[0] * pixels.std + pixels.mean
+    torch.testing.assert_close(seen[1], (pixels - column([100.0, 90, 80])) / column([50.0, 40, 30]), rtol=0, atol=1e-4)
+
+@pytest.mark.parametrize("flags, told", [([], True), (["--norm-pixels"], False), (["--no-norm-pixels"], False)])
+def test_a_file_that_does_not_say_how_it_was_trained_is_drawn_with_a_word(flags, told, labelled, trained, tmp_path, cli):
+    state = saved(trained)
+    torch.save({"model": state["encoder"] | state["decoder"]}, tmp_path / "released.pth")
+    words = ["--init", tmp_path / "released.pth", "--decoder-heads", 4, "--data", labelled, "--out", tmp_path / "out"]
+    code, output, errors = cli(*DRAW, *words, *flags)
+    assert code == 0 and not errors and ("does not say" in output) == told
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_pre_training_on_scenes_is_worth_its_time(seed, tmp_path):
+    """Some five minutes a seed on two cores. Ten labels a class, and a probe on all of them."""
+    finish(start(tmp_path / "run", "--seed", seed), seconds=1800)
+    scratch = [f"--{name}={value}" for name, value in {"model": "nano", "size": 64, "patch": 8}.items()]
+    found = {}
+    for task, more in (("finetune", "--labels 10 --epochs 200".split()), ("probe", [])):
+        for name, words in (("trained", ["--init", tmp_path / "run" / "last.pt"]), ("untrained", scratch)):
+            finish(start(tmp_path / task / name, "--task", task, "--seed", seed, *more, *words), seconds=1800)
+            found[task, name] = log_of(tmp_path / task / name)[-1]["top1"]
+    assert found["finetune", "trained"] > found["finetune", "untrained"] + 0.03, found   # two standard errors are 0.02
+    assert found["probe", "trained"] > found["probe", "untrained"] + 0.15, found
 
 # ---------------------------------------------------------------------------------------------------------------- bad input
 
@@ -547,6 +940,47 @@ def test_bad_input_gets_one_line_and_writes_nothing(what, pictures, tmp_path, cl
     assert code == 2 and re.search(says, one_line(errors)), errors
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]        # so that the next try may begin
     assert (tmp / "file").read_text() == "not a picture"
+
+BAD_TASKS = {  # as above: options after --data and QUICK, and what the line must say
+    "a checkpoint that is not there": ("--task finetune --init {tmp}/nowhere.pt", "no checkpoint .*nowhere.pt"),
+    "a checkpoint cut off": ("--task probe --init {tmp}/cut.pt", "cut.pt is cut off"),
+    "a folder for a checkpoint": ("--task knn --init {tmp}", "checkpoint"),
+    "a checkpoint of something else": ("--task knn --init {tmp}/other.pt", "other.pt has no encoder"),
+    "another patch": ("--task finetune --init {init} --patch 4", r"patch 8 \(here 4\)"),
+    "another width": ("--task finetune --init {init} --model tiny", r"dim 128 \(here 192\), depth 4 \(here 12\)"),
+    "other channels": ("--task probe --init {tmp}/grey.pt", r"channels 1 \(here 3\)"),
+    "other channels to draw": ("--task reconstruct --init {tmp}/grey.pt", "1 channel.* 3"),
+    "a size that does not divide": ("--task finetune --init {init} --size 36", "36.*8"),
+    "pictures without labels": ("--task finetune --data {pictures}", "--task finetune needs labels"),
+    "no pictures to validate": ("--task knn --data {labelled}/train", "--task knn needs labels"),
+    "more labels than there are": ("--task finetune --labels 17", "17 pictures.*blue 16"),
+    "more blocks than there are": ("--task finetune --init {init} --train-blocks 99", "--train-blocks 99.* 4"),
+    "a layer decay above 1": ("--task finetune --layer-decay 1.2", "--layer-decay"),
+    "a magnitude beyond the scale": ("--task finetune --randaugment 40", "--randaugment"),
+    "nothing to measure": ("--task finetune --eval", "--eval .*--init"),
+    "nothing to measure in neighbours": ("--task knn --eval --init {init}", "--eval"),
+    "no head to measure": ("--task finetune --eval --init {init}", "no finetune head"),
+    "a head of another task": ("--task probe --pool mean --eval --init {tuned}", "no probe head"),
+    "a head behind another norm": ("--task finetune --pool cls --eval --init {tuned}", "norm|pool"),
+    "nothing to draw with": ("--task reconstruct", "reconstruct needs --init"),
+    "no decoder to draw with": ("--task reconstruct --init {tuned}", "best.pt has no decoder"),
+    "pre-training from a file": ("--init {init}", "--init .*--task"),
+    "an unknown task": ("--task guess", "guess"),
+    "one picture at a time for a batch norm": ("--task probe --batch 1", "batch"),
+}
+
+@pytest.mark.parametrize("what", BAD_TASKS)
+def test_bad_input_to_a_task_gets_one_line_and_writes_nothing(what, pictures, labelled, trained, tuned, tmp_path, cli):
+    options, says = BAD_TASKS[what]
+    whole, vit = (trained / "last.pt").read_bytes(), common.ViT(32, 8, 1, dim=128, depth=4, heads=4)
+    (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({"model": {"conv1.weight": torch.zeros(3)}}, tmp_path / "other.pt")
+    torch.save({"model": vit.state_dict() | common.Decoder(vit, 32, 1, 4).state_dict()}, tmp_path / "grey.pt")
+    options = options.format(tmp=tmp_path, init=trained / "last.pt", tuned=tuned / "best.pt", pictures=pictures,
+                             labelled=labelled)
+    code, _, errors = cli("--data", labelled, *QUICK, "--out", tmp_path / "out", *options.split())
+    assert code == 2 and re.search(says, one_line(errors)), errors
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]        # so that the next try may begin
 
 @pytest.mark.parametrize("batch", [33, 1])
 def test_a_batch_that_does_not_divide_among_the_processes_is_refused(batch, pictures, tmp_path, cli, monkeypatch):
