@@ -629,11 +629,12 @@ def settings(parser, preset, arguments=None):
     args = Namespace(**vars(args) | ({} if old else preset(args, kind)) | given)
     least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, decoder_depth=0,
                  labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0, save_every=0, bank=0,
-                 mixup=0, cutmix=0)
+                 mixup=0, cutmix=0, contrastive_weight=0, adversarial_weight=0, mask_factor=0, prior_epochs=1)
     if not 0 <= (getattr(args, "randaugment", None) or 0) <= 30:
         refuse(f"--randaugment must lie between 0 and 30, not {args.randaugment}")
-    if args.overwrite and getattr(args, "init", None) and os.path.realpath(os.path.dirname(args.init) or ".") == os.path.realpath(out):
-        refuse(f"--overwrite would remove {args.init}: name another --out")
+    init = getattr(args, "init", None)
+    if args.overwrite and init and os.path.realpath(os.path.dirname(init) or ".") == os.path.realpath(out):
+        refuse(f"--overwrite would remove {init}: name another --out")
     shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing")
     for name, value in vars(args).items():
         if name in least and value is not None and not least[name] <= value < 2 ** 63:

@@ -245,7 +245,7 @@ def classify(args):
     if args.init and not args.resume:
         run.say(told := load_encoder(model, args.init))
     if args.eval and "new: " in told:
-        raise Problem(f"{args.init} is no whole {args.task} classifier of {classes} classes with --pool {args.pool}: train one first")
+        raise Problem(f"{args.init} is no whole {args.task} classifier of {classes} classes with --pool {args.pool}: train one")
     optimizer = LARS(model.head.parameters()) if probe else adamw(model, args.weight_decay, (0.9, 0.999), args.layer_decay)
     wrapped = run.wrap(model)
     run.keep(encoder=model, optimizer=optimizer)
@@ -292,7 +292,7 @@ def count(scores, labels):
 @torch.no_grad()
 def measure(model, data, run, args):
     """→ top-1, top-5, confusion (K, K) over a data set. Each process takes its own pictures, so that none is counted twice."""
-    for part in model.buffers() if run.world > 1 else ():                                   # a BatchNorm's means are each process's own
+    for part in model.buffers() if run.world > 1 else ():                                   # each process has its own BatchNorm's
         dist.broadcast(part, 0)
     model.eval()
     index = torch.arange(len(data))[data.labels.cpu() >= 0][run.rank::run.world]

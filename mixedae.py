@@ -106,12 +106,12 @@ class MixedAE(nn.Module):
         self.encoder, self.decoder, self.norm_pixels = encoder, decoder, norm_pixels
         self.homologous, self.contrastive = homologous, contrastive
         self.places, self.group, self.turns = encoder.grid[0] * encoder.grid[1], group or members, members if full else 1
-        if self.places % members or self.places == members:
+        if self.places % members or self.places == members or self.group > members:
             raise Problem(f"{self.places} patches do not divide among {members} pictures: change --size, --patch or --mix-ratio")
         self.own = self.places // members                                                   # n
         self.segments = nn.ParameterDict({"segment_token": 0.02 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
-        for block in encoder.blocks if homologous else ():
-            block.attn.top = self.own
+        for block in encoder.blocks:
+            block.attn.top = self.own if homologous else None
 
     def mix(self, images, noise=None):
         """images (B, C, H, W) → tokens (G, M·n, D), a sequence a group, and shuffle (B, N), a picture's own n places first.
@@ -227,7 +227,7 @@ def draw(model, data, run, args):
 PRESETS = {  # what --data selects, for every option left open; imagenet is MAE's recipe, as in the paper; the others are ours
     "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
                    epochs=6, batch=32, lr=1.6e-2, warmup=0.4),
-    "small": dict(model="nano", patch=4, decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
+    "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
                   epochs=50, batch=64, lr=8e-3, warmup=0.5),
     "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
                      epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
@@ -250,8 +250,8 @@ def main(arguments=None):
     args = settings(options(), lambda args, kind: PRESETS[kind], arguments)
     args.size = args.size or (32 if args.data != "stl10" else None)                         # 28 pixels: 7×7 patches, not even
     args = fit(args)
-    args.members = round(1 / max(args.mix_ratio, 1e-6))
-    if args.members < 2 or abs(args.members * args.mix_ratio - 1) > 1e-3:
+    args.members = round(1 / max(1e-6, args.mix_ratio))
+    if args.members < 2 or not abs(args.members * args.mix_ratio - 1) < 0.02:               # 0.33 is a third, nan is nothing
         raise Problem(f"--mix-ratio {args.mix_ratio} must be one half, a third, a quarter …: its inverse is the size of a group")
     pretrain(args)
 

@@ -432,15 +432,15 @@ def test_shapes_masks_and_facts(members, full):
     assert facts["reconstruction_loss"].item() == pytest.approx(wanted.item(), rel=1e-6)
 
 def test_the_facts_are_of_the_encoders_tokens():
-    model, seen = tiny(contrastive=0.3), []
+    model, seen = tiny((4, 6), contrastive=0.3), []
     model.encoder.norm.register_forward_hook(lambda module, arguments, latent: seen.append(latent))
     inputs = []
     for block in model.encoder.blocks:
         block.attn.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
-    loss, _, _, facts = model(pictures(8))
-    assert facts["contrastive_loss"].item() == pytest.approx(mixedae.contrastive_loss(seen[0][:, 1:], 4).item(), rel=1e-6)
+    loss, _, _, facts = model(pictures(8, (4, 6)))
+    assert facts["contrastive_loss"].item() == pytest.approx(mixedae.contrastive_loss(seen[0][:, 1:], 6).item(), rel=1e-6)
     assert loss.item() == pytest.approx((facts["reconstruction_loss"] + 0.3 * facts["contrastive_loss"]).item(), rel=1e-6)
-    assert all(block.attn.top == 4 for block in model.encoder.blocks)
+    assert all(block.attn.top == 6 for block in model.encoder.blocks)
     for found, block, x in zip(facts["topk_accuracy"], model.encoder.blocks, inputs):    # (H,) averaged over heads
         accuracy = slow_attention(block.attn, x.detach())[2]
         assert found.item() == pytest.approx(sum(accuracy) / 2, abs=1e-6)
@@ -564,7 +564,7 @@ def test_a_real_process_says_one_line_and_exits_with_two(tmp_path):
 @pytest.mark.parametrize("words, wanted", [
     ("", dict(model="nano", size=64, patch=8, norm_pixels=False, members=4, mixing="compose", contrastive_weight=0.1)),
     ("--data fashion-mnist", dict(model="nano", size=32, patch=4, members=4)),
-    ("--data fashion-mnist --size 56", dict(size=56, patch=4)),
+    ("--data fashion-mnist --size 56", dict(size=56, patch=8)),
     ("--data cifar10", dict(size=32, patch=4)),
     ("--data /pictures", dict(model="base", size=224, patch=16, norm_pixels=True, epochs=800, batch=4096, lr=1.5e-4, warmup=40.0,
                               crop=0.2, weight_decay=0.05, decoder_dim=512, decoder_depth=8, decoder_heads=16))])
