@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import (Batches, Decoder, Problem, Run, ViT, adamw, entry, fit, keep_lowest, load_encoder, open_data, patchify,
-                    pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take, unpatchify, vit_of)
+from common import (Batches, Decoder, Problem, Run, ViT, adamw, check_ratio, entry, fit, keep_lowest, load_encoder, open_data,
+                    patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take, unpatchify, vit_of)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 
@@ -47,6 +47,8 @@ class Generator(nn.Module):
         super().__init__()
         self.grid, half = grid, max(1, heads // 2)
         self.layers = nn.Sequential(nn.Conv2d(heads, half, 3, padding=1), nn.ReLU(), nn.Conv2d(half, 1, 3, padding=1))
+        for layer in (self.layers[0], self.layers[2]):                                      # attention is small, about 1/N:
+            nn.init.zeros_(layer.bias)                                                      # a bias could close the ReLU for good
 
     def forward(self, attention):
         return self.layers(attention.unflatten(-1, self.grid)).flatten(1).float().log_softmax(-1)
@@ -59,9 +61,9 @@ class Discriminator(nn.Module):
         super().__init__()
         self.grid, layers, sides = grid, [], list(grid)
         for inputs, outputs in ((1, 16), (16, 32)):
-            size, stride = (4, 2) if min(sides) >= 8 else (3, 1)
-            layers += [spectral_norm(nn.Conv2d(inputs, outputs, size, stride, padding=stride % 2)), nn.LeakyReLU(0.2)]
-            sides = [(side - size + 2 * (stride % 2)) // stride + 1 for side in sides]
+            size, stride = (4, 2) if min(sides) >= 6 else (3, 1)
+            layers += [spectral_norm(nn.Conv2d(inputs, outputs, size, stride, padding=1)), nn.LeakyReLU(0.2)]
+            sides = [(side - size + 2) // stride + 1 for side in sides]                     # 14 → 7 → 3, and 1 in the end
         size = min(3, *sides)
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(32, 1, size)))
 
@@ -104,7 +106,7 @@ class AutoMAE(nn.Module):
         score = noise + self.mask_factor * highlighted                                      # (B, N)
         keep, restore, mask = keep_lowest(score.detach(), int(score.shape[1] * (1 - mask_ratio)))   # (B, n), (B, N), (B, N)
         tokens = self.encoder.embed(images)                                                 # (B, N, D) patches with positions
-        tokens = tokens * (1 + score - score.detach())[..., None]                           # (B, N, D) the same values
+        tokens = tokens * (1 + (score - score.detach()))[..., None]                         # (B, N, D) the same values
         latent = self.encoder.encode(take(tokens, keep))                                    # (B, 1+n, D) only what is visible
         prediction = self.decoder(latent, restore)                                          # (B, N, P·P·C) every place
         return pixel_loss(images, prediction, mask, self.encoder.patch, self.norm_pixels), prediction, mask
@@ -127,13 +129,16 @@ def make_prior(args, data, run):
         first = Namespace(**vars(args) | dict(masking="random", epochs=args.prior_epochs, out=f"{args.out}/prior"))
         made_by = lambda file: read_checkpoint(file)["args"] if os.path.exists(file) else {}
         same = lambda old: all(name in old and old[name] == getattr(first, name) for name in (
-            "data", "size", "patch", "vit", "limit", "seed", "epochs", "batch", "lr"))
+            "data", "size", "patch", "vit", "limit", "seed", "epochs", "batch", "lr", "decoder_dim", "decoder_depth",
+            "norm_pixels"))
         if not same(made_by(path)):
             run.say(f"first a plain MAE, {first.epochs} epochs, whose attention will guide the masks; kept in {path}")
             first.resume = same(made_by(f"{first.out}/last.pt"))
             first.overwrite = not first.resume
             return Prior(pretrain(first, data))
     prior = ViT(**vit_of(path) | dict(size=args.size))
+    if prior.channels != args.channels:
+        raise Problem(f"the prior is for pictures of {prior.channels} channel(s), these have {args.channels}")
     run.say(f"prior: {load_encoder(prior, path)}")
     if prior.grid != (args.size // args.patch,) * 2:
         raise Problem(f"the prior has patches of {prior.patch} pixels, {prior.grid[0]} in a row; use --patch {prior.patch}")
@@ -153,7 +158,7 @@ def propose(masking, generator, attention, masks, noise, grid, n):
     lines = there.amax(2), there.amax(1)                                                    # its rows (b, h) and columns (b, w)
     spans = [torch.minimum(line.cummax(1).values, line.flip(1).cummax(1).values.flip(1)) for line in lines]
     box = (spans[0][:, :, None] * spans[1][:, None]).flatten(1)                             # rows × columns that it spans
-    return box / box.sum(1, keepdim=True), box
+    return box / box.sum(1, keepdim=True).clamp(min=1), box                                 # a crop may hold no object
 
 def discriminator_loss(critic, guide, grid):
     """Least squares: boxes should score 1, guides (b, N) should score 0."""
@@ -165,7 +170,7 @@ def foreground_facts(probability, attention, mask, masks, grid):
     """Probability (b, N), attention (b, H, N) or None, mask (b, N), foreground (b, h, w) → for the log: how much likelier
     foreground is than background, by the generator and by attention alone, and how much of each is hidden."""
     there = F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)                           # (b, N) share of foreground
-    mean = lambda x, where: (x * where).sum() / where.sum()
+    mean = lambda x, where: (x * where).sum() / where.sum().clamp(min=1e-6)
     facts = {"foreground_ratio": mean(probability, there) / mean(probability, 1 - there),
              "hidden_foreground": mean(mask, there), "hidden_background": mean(mask, 1 - there)}
     if attention is not None:
@@ -210,20 +215,23 @@ def pretrain(args, data=None):
                 probability, guide = propose(args.masking, generator, attention, masks, noise, encoder.grid, n)
             ready.append((images, masks, noise, attention, probability, guide))
             if learned:
+                critic.train(len(ready) == 1)                                               # one power iteration a step
                 with run.autocast():
                     loss = discriminator_loss(wrapped_critic, guide, encoder.grid)
                 run.backward(loss)
                 run.log(discriminator_loss=loss)
         if learned:
             run.update(critic_optimizer)
-            critic.requires_grad_(False)                                                    # from here on it only judges
+            critic.eval().requires_grad_(False)                                             # from here on it only judges
         for images, masks, noise, attention, probability, guide in run.each(ready):
             highlighted = highlight(guide.detach() if args.two_stage else guide, n) if learned else guide
             with run.autocast():
                 loss, _, mask = wrapped(images, highlighted, noise, args.mask_ratio)
                 fooled = (critic(guide) - 1).square().mean() if learned else torch.zeros_like(loss)
             run.backward(loss + args.adversarial_weight * fooled)
-            run.log(loss=loss, **{"generator_loss": fooled} if learned else {})
+            run.log(loss=loss)
+            if learned:                                                                     # how much masks differ, 0: all alike
+                run.log(generator_loss=fooled, generator_spread=places * probability.std(0, correction=0).mean())
             if masks is not None:
                 run.log(**foreground_facts(probability, attention, mask, masks, encoder.grid))
         run.update(optimizer)
@@ -252,6 +260,8 @@ def draw(model, prior, data, run, args, count=10):
         rows["attention of the prior"] = shown(attention.mean(1))
     if model.generator:
         rows["probability by the generator"] = shown(probability)
+        if (probability.std(0) * noise.shape[1]).mean() < 0.01:
+            run.say("the generator gives every picture the same mask: try another --lr, --adversarial-weight or a longer prior")
     highlighted = highlight(guide, n) if model.generator else guide
     _, prediction, mask = model.forward(images, highlighted, noise, args.mask_ratio)
     patches, mask = patchify(images, args.patch), mask[..., None]                           # (B, N, P·P·C), (B, N, 1)
@@ -291,9 +301,9 @@ def options():
 
 def main(arguments=None):
     args = fit(settings(options(), lambda args, kind: PRESETS[kind], arguments))
-    if not (0 < args.mask_ratio < 1 and int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))):
-        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of "
-                      f"{(args.size // args.patch) ** 2}")
+    check_ratio(args)
+    if args.resume and not os.path.exists(f"{args.out}/last.pt") and os.path.exists(f"{args.out}/prior/last.pt"):
+        args.resume = False                                                                 # stopped while the prior was trained
     pretrain(args)
 
 if __name__ == "__main__":

@@ -346,10 +346,11 @@ class Files(Pictures):
 
     def stream(self, plan, run, size, scale=None, change=None):
         smooth = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        edge = round(min(pair(size)) * (256 / 224 if min(pair(size)) <= 224 else 1))        # as in MAE's code
         self.transform = v2.Compose(
             [v2.RandomResizedCrop(pair(size), (scale, 1.0), **smooth), v2.RandomHorizontalFlip(), change or v2.Identity()]
             if scale else
-            [v2.Resize(round(min(pair(size)) * 256 / 224), **smooth), v2.CenterCrop(pair(size))])
+            [v2.Resize(edge, **smooth), v2.CenterCrop(pair(size))])
         keys = ([(i, seed_of(seed, i)) for i in index.tolist()] for index, seed in plan)
         for images, labels, seeds, broken in torch.utils.data.DataLoader(
                 self, batch_sampler=keys, num_workers=run.workers, pin_memory=run.device.type == "cuda"):
@@ -479,6 +480,7 @@ def save_sheet(path, rows):
     for title, images in rows.items():
         images = F.interpolate(images.expand(-1, 3, -1, -1).float(), scale_factor=max(1, 128 // images.shape[-1])).byte().cpu()
         strip = torch.cat([*F.pad(images, (4, 0, 24, 4), value=255)], dim=2)                # (3, h, w)
+        strip = F.pad(strip, (0, max(0, 8 * max(map(len, rows)) + 8 - strip.shape[2])), value=255)         # room for the titles
         strips.append(Image.fromarray(strip.permute(1, 2, 0).numpy()))
         ImageDraw.Draw(strips[-1]).text((4, 4), title, "black", ImageFont.load_default(15))
     sheet = np.concatenate([np.asarray(strip) for strip in strips])
@@ -488,6 +490,8 @@ def save_sheet(path, rows):
 
 def read_checkpoint(path):
     """→ the dictionary in a checkpoint file, on the CPU; runs no code in it. Raises Problem if there is none or it is broken."""
+    if os.path.isdir(path):
+        raise Problem(f"{path} is a folder: name the checkpoint in it, last.pt say")
     try:
         with torch.serialization.safe_globals([Namespace]):                                 # MAE's code saves its options as one
             saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -520,8 +524,8 @@ def weights_in(path, part="encoder", signs=(("patch_embed.proj.weight", 4), ("po
     state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
     for name, ndim in signs:
         if name not in state or state[name].ndim != ndim:
-            raise Problem(f"{path} has no {part} of this project, of MAE's release or of timm's VisionTransformer: "
-                          f"it lacks a {ndim}-dimensional {name}")
+            kinds = "this project, MAE's release or timm's VisionTransformer" if part == "encoder" else "pre-training"
+            raise Problem(f"{path} has no {part} of {kinds}: it lacks a {ndim}-dimensional {name}")
     return state, vars(args) if isinstance(args, Namespace) else args if isinstance(args, dict) else {}
 
 def vit_of(path):
@@ -539,7 +543,7 @@ def fill(module, state, path, table, grid, args, free):
     own, told, places = module.state_dict(), [], state[table].shape[1] - 1
     old = grid_of(pair(args["size"]), args["patch"]) if "size" in args and "patch" in args else (math.isqrt(places),) * 2
     if old[0] * old[1] != places and places != grid[0] * grid[1]:
-        raise Problem(f"{path} has {places} positions, not a square of them: cannot resize these")
+        raise Problem(f"{path} has {places} positions beside the class token's, not a square of them: these cannot be resized")
     if old[0] * old[1] == places and old != tuple(grid):                                    # else taken to be the same oblong
         square = state[table][:, 1:].unflatten(1, old).permute(0, 3, 1, 2).float()          # (1, D, h, w)
         square = F.interpolate(square, grid, mode="bicubic").flatten(2).transpose(1, 2)
@@ -562,7 +566,7 @@ def load_encoder(vit, path):
                                      heads=vit.blocks[0].attn.heads)
     if wrong := [name for name in here if here[name] != there[name] and (name != "heads" or "vit" in args)]:
         raise Problem(f"{path} holds an encoder with " + ", ".join(f"{name} {there[name]} (here {here[name]})" for name in wrong)
-                      + "; it wants " + ", ".join(f"{name} {value}" for name, value in there.items()))
+                      + "; it wants " + ", ".join(f"{name} {value}" for name, value in there.items() if name != "size"))
     return fill(vit, state, path, "pos_embed", vit.grid, args, ("head.", "norm.", "fc_norm.", "decoder_", "mask_token"))
 
 def load_decoder(decoder, path):
@@ -621,7 +625,7 @@ def settings(parser, preset, arguments=None):
     if old:
         parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
         args = parser.parse_args(arguments)
-        for name in ("task", "data", "limit", "size", "batch", "seed", "labels"):           # they decide what a step is
+        for name in ("task", "init", "data", "limit", "labels", "size", "batch", "seed", "weight_decay", "layer_decay"):
             if name in old and getattr(args, name) != old[name]:
                 refuse(f"the run to resume has --{name} {old[name]}, not {getattr(args, name)}: leave it out")
     kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
@@ -630,11 +634,11 @@ def settings(parser, preset, arguments=None):
     least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, decoder_depth=0,
                  labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0, save_every=0, bank=0,
                  mixup=0, cutmix=0, contrastive_weight=0, adversarial_weight=0, mask_factor=0, prior_epochs=1)
-    if not 0 <= (getattr(args, "randaugment", None) or 0) <= 30:
-        refuse(f"--randaugment must lie between 0 and 30, not {args.randaugment}")
-    init = getattr(args, "init", None)
-    if args.overwrite and init and os.path.realpath(os.path.dirname(init) or ".") == os.path.realpath(out):
-        refuse(f"--overwrite would remove {init}: name another --out")
+    if not 0 <= (getattr(args, "randaugment", None) or 0) <= 10:
+        refuse(f"--randaugment must lie between 0 and 10, not {args.randaugment}")
+    for path in filter(None, (getattr(args, name, None) for name in ("init", "prior", "augmentor"))):
+        if args.overwrite and os.path.dirname(os.path.realpath(path)) == os.path.realpath(out):
+            refuse(f"--overwrite would remove {path}: name another --out")
     shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing")
     for name, value in vars(args).items():
         if name in least and value is not None and not least[name] <= value < 2 ** 63:
@@ -652,6 +656,12 @@ def fit(args):
     if args.patch > args.size:
         raise Problem(f"--patch {args.patch} is larger than the pictures, {args.size} pixels")
     return args
+
+def check_ratio(args):
+    """Raises Problem unless --mask-ratio leaves some patches visible and hides some."""
+    rows, columns = grid_of(pair(args.size), args.patch)
+    if not (0 < args.mask_ratio < 1 and int(rows * columns * (1 - args.mask_ratio))):
+        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of {rows * columns}")
 
 def schedule(step, warmup, total):
     """Share of the peak learning rate at a step: up in a straight line over `warmup` steps, then down half a cosine to 0."""
@@ -688,6 +698,8 @@ class Run:
         if kind == "cuda" and here > gpus:
             raise Problem(f"{here} process(es) for {gpus} GPU(s): lower --nproc_per_node, or use --device cpu")
         try:
+            if kind not in ("cpu", "cuda", "mps", "xpu"):
+                raise RuntimeError
             self.device = torch.empty(0, device=f"cuda:{self.local}" if kind == "cuda" else kind).device
         except (RuntimeError, AssertionError, NotImplementedError):
             raise Problem(f"there is no device {kind} here: leave --device out, or say cuda or cpu")
@@ -713,12 +725,14 @@ class Run:
             self.claim()
 
     def claim(self):
-        there = [name for name in ("last.pt", "log.jsonl", "args.json") if os.path.exists(f"{self.out}/{name}")]
+        there = [name for name in ("last.pt", "best.pt", "log.jsonl", "args.json") if os.path.exists(f"{self.out}/{name}")]
         if self.args.resume and "last.pt" not in there:
             raise Problem(f"nothing to resume: there is no {self.out}/last.pt")
         if there and not (self.args.resume or self.args.overwrite):
             raise Problem(f"{self.out} holds a run: " + "go on with --resume, " * ("last.pt" in there)
                           + "start again with --overwrite, or name another --out")
+        if os.path.isfile(self.out):
+            raise Problem(f"--out {self.out} is a file: name a folder")
         os.makedirs(self.out, exist_ok=True)
 
     def first(self, make):

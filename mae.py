@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import distributed as dist, nn
 from torchvision.transforms import v2
 
-from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, entry, fit, keep_lowest, load_decoder, load_encoder,
-                    open_data, patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take, unpatchify,
-                    vit_of, weights_in)
+from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, check_ratio, entry, fit, keep_lowest, load_decoder,
+                    load_encoder, open_data, patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take,
+                    unpatchify, vit_of, weights_in)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 # Each kind of mask is a score for every patch; the n lowest scores of a picture stay visible. So all kinds hide exactly as many.
@@ -45,7 +45,7 @@ def grid_scores(batch, grid, device):
 def block_scores(batch, grid, device, rectangles=24):
     """→ (B, N): large random rectangles are hidden one after another until the ratio is met (figure 6, after BEiT).
 
-    The earlier a patch is covered, the higher its score; the last rectangle is cut off at a row, which makes the number exact.
+    The earlier a patch is covered, the higher its score; the last one is cut off in reading order, which makes the number exact.
     Rectangles cover 8 to 40 % of the patches (BEiT's 16 of 196, and its 75) with a height 0.3 to 1/0.3 times their width.
     """
     area, aspect, top, left = torch.rand(4, batch, rectangles, 1, 1, device=device)
@@ -210,16 +210,23 @@ def labelled(run, args):
     """→ training and validation set, each with labels; of the first, with --labels, only so many pictures of each class."""
     train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
     if val is None or len(set(train.labels.tolist()) - {-1}) < 2:
-        raise Problem(f"--task {args.task} needs labels: a folder with train/CLASS/… and val/CLASS/…, or a torchvision name")
+        raise Problem(f"--task {args.task} needs labelled pictures of two classes or more: train/CLASS/… and val/CLASS/… in a "
+                      f"folder, or a torchvision name" + f"; --limit {args.limit} leaves these only" * bool(args.limit))
     train.pick((train.labels >= 0).nonzero()[:, 0])
     if args.labels:
         train.few(args.labels, args.seed)
+    for data in (train, val) if args.mean else ():                                          # of what the encoder was trained on
+        data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
     args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
+    args.classes = [str(name) for name in train.classes]
+    if not args.init:
+        run.say(f"no --init: the encoder is {'random' if args.task != 'finetune' else 'trained from scratch'}")
     return train, val
 
 def classifier(args, classes):
     """→ a ViT with the head for --task. Probe (appendix A.1): only the head learns, behind a BatchNorm without weights.
-    Fine-tuning: everything, or with --train-blocks the last blocks, the last norm and the head (section 4.3, figure 9)."""
+    Fine-tuning: everything, or with --train-blocks the last blocks, the last norm and the head (section 4.3, figure 9). With
+    --pool mean a new norm follows the mean of the patch tokens, and takes the place of the last one (as in MAE's code)."""
     torch.manual_seed(args.seed)
     vit = ViT(args.size, args.patch, args.channels, **args.vit, classes=classes, pool=args.pool,
               drop_path=args.drop_path if args.task == "finetune" else 0.0)
@@ -243,9 +250,13 @@ def classify(args):
     train, val = labelled(run, args)
     model, probe, told = classifier(args, classes := len(train.classes)), args.task == "probe", ""
     if args.init and not args.resume:
+        fresh = {name: value.clone() for name, value in model.head.state_dict().items()}
         run.say(told := load_encoder(model, args.init))
-    if args.eval and "new: " in told:
-        raise Problem(f"{args.init} is no whole {args.task} classifier of {classes} classes with --pool {args.pool}: train one")
+        if weights_in(args.init)[1].get("classes", args.classes) != args.classes:
+            told += "; new: head, as the one there is for other classes"
+            model.head.load_state_dict(fresh)
+    if args.eval and "; new: " in told:
+        raise Problem(f"{args.init} is no whole {args.task} classifier of these {classes} classes, --pool {args.pool}: train one")
     optimizer = LARS(model.head.parameters()) if probe else adamw(model, args.weight_decay, (0.9, 0.999), args.layer_decay)
     wrapped = run.wrap(model)
     run.keep(encoder=model, optimizer=optimizer)
@@ -255,7 +266,7 @@ def classify(args):
     run.say(f"{learns:.3f} M parameters learn from {len(train)} pictures of {classes} classes on {run.world} × {run.device.type} "
             f"in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
 
-    change = v2.RandAugment(2, args.randaugment) if args.randaugment else None              # one picture at a time, uint8
+    change = v2.RandAugment(2, args.randaugment, num_magnitude_bins=11) if args.randaugment else None      # magnitude of 10
     erase = v2.RandomErasing(args.erasing or 0, value="random")                             # noise of each pixel's own
     mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     batches = Batches(train, run, args.size, args.crop, change)
@@ -309,15 +320,19 @@ def measure(model, data, run, args):
 
 def finish(top1, top5, confusion, classes, run, args, **more):
     """Says and logs an evaluation's result: a confusion table for up to 20 classes, else the classes most often wrong."""
-    right, names = confusion.diag() / confusion.sum(1).clamp(min=1), [str(name)[:9] for name in classes]
+    names, seen = [str(name)[:9] for name in classes], confusion.sum(1).tolist()
+    right = [hits / all_ if all_ else None for hits, all_ in zip(confusion.diag().tolist(), seen)]
     run.say(f"{args.task}: top-1 {top1:.4f}, top-5 {top5:.4f} of {confusion.sum()} pictures" + "".join(
         f", {name} {value:.4f}" for name, value in more.items()))
     if len(names) <= 20:
         run.say("\n".join(f"{name:>10}" + "".join(f"{cell:>10}" for cell in row) for name, row in
                           [("truth", names), *zip(names, confusion.tolist())]))
     else:
-        run.say("least often right: " + ", ".join(f"{names[k]} {right[k]:.2f}" for k in right.argsort()[:5]))
-    run.write(step=run.step, task=args.task, top1=top1, top5=top5, **more, class_accuracy=[round(x, 4) for x in right.tolist()])
+        worst = sorted((share, name) for share, name in zip(right, names) if share is not None)[:5]
+        run.say("least often right: " + ", ".join(f"{name} {share:.2f}" for share, name in worst))
+    if not all(seen):
+        run.say("no validation pictures of: " + ", ".join(name for name, count in zip(names, seen) if not count))
+    run.write(step=run.step, task=args.task, top1=top1, top5=top5, **more, class_accuracy=right)
 
 def nearest(args):
     """--task knn: a vote of the 20 nearest training pictures, by the features of the frozen encoder."""
@@ -327,7 +342,7 @@ def nearest(args):
     encoder = ViT(args.size, args.patch, args.channels, **args.vit)
     if args.init:
         run.say(load_encoder(encoder, args.init))
-    run.keep()
+    run.keep()                                                                              # no checkpoint, only args.json
     if run.rank == 0:
         bank, labels = features(encoder.to(run.device).eval(), train, run, args)
         queries, truth = features(encoder, val, run, args)
@@ -342,8 +357,8 @@ def reconstruct(args):
     if data.channels != args.channels:
         raise Problem(f"{args.init} was trained on pictures of {args.channels} channel(s), these have {data.channels}")
     if args.norm_pixels is None:
-        run.say("the file does not say whether it was trained with norm_pixels: drawn as if; if grey or odd, --no-norm-pixels")
-        args.norm_pixels = True
+        run.say("the file does not say what it predicts: drawn as plain pixels; if that is grey noise, give --norm-pixels")
+        args.norm_pixels = False
     if args.mean:                                                                           # of the pictures it was trained on
         data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
     model = MAE(*build(args), args.norm_pixels, args.masking).to(run.device)
@@ -363,6 +378,7 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is the 
                   bank=20_000, epochs=50, batch=64, lr=8e-3, warmup=0.5),
     "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
                      bank=20_000, epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
+    # LARS moves weights by 0.001 × lr of their length: hundreds of steps, not the paper's thousands, need a larger lr
     "probe scenes": dict(epochs=5, batch=128, lr=80.0, warmup=1.0),
     "probe small": dict(epochs=3, batch=128, lr=80.0, warmup=0.5),
     "probe imagenet": dict(pool="cls", epochs=90, batch=16384, lr=0.1, warmup=10.0, crop=0.08),
@@ -378,7 +394,7 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is the 
 
 def preset(args, kind):
     """→ the values of options left open, for a kind of data: those of the task go before, then what is in --init."""
-    chosen = dict(pool="mean", drop_path=0.0, label_smoothing=0.0, layer_decay=1.0, min_lr=0.0) | PRESETS[kind]
+    chosen = dict(mean=None, pool="mean", drop_path=0.0, label_smoothing=0.0, layer_decay=1.0, min_lr=0.0) | PRESETS[kind]
     chosen |= PRESETS.get(f"{args.task} {kind}", {})
     if not args.init:
         return chosen | (PRESETS.get(f"{args.task} {kind} {args.model}", {}))
@@ -387,14 +403,14 @@ def preset(args, kind):
     chosen |= PRESETS.get(f"{args.task} {kind} {args.model or model}", {}) | dict(
         size=there["size"], patch=there["patch"], channels=there["channels"], model=None,
         vit={part: there[part] for part in ("dim", "depth", "heads")})
-    if args.eval:
-        chosen["pool"] = weights_in(args.init)[1].get("pool", chosen["pool"])
+    old = weights_in(args.init)[1]
+    chosen |= dict(mean=old.get("mean"), std=old.get("std"), pool=args.eval and old.get("pool") or chosen["pool"])
     if args.task == "reconstruct":
-        state, old = weights_in(args.init, "decoder", (("decoder_embed.weight", 2),))
+        state, _ = weights_in(args.init, "decoder", (("decoder_embed.weight", 2),))
         depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
-        chosen |= dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth, mean=old.get("mean"),
-                       decoder_heads=old.get("decoder_heads", 16), norm_pixels=old.get("norm_pixels", old.get("norm_pix_loss")),
-                       std=old.get("std"))
+        chosen |= dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth,
+                       decoder_heads=old.get("decoder_heads", 16),
+                       norm_pixels=old.get("norm_pixels", old.get("norm_pix_loss")))
     return chosen
 
 def options():
@@ -428,14 +444,13 @@ def main(arguments=None):
         raise Problem("--task reconstruct needs --init, a checkpoint with encoder and decoder")
     if args.task == "pretrain" and args.init:
         raise Problem("--init goes with a --task: knn, probe, finetune or reconstruct")
-    if args.eval and not args.init:
-        raise Problem("--eval measures the classifier in a checkpoint: name it with --init")
+    if args.eval and (args.resume or not args.init):
+        raise Problem("--eval measures the classifier in the checkpoint that --init names, without --resume")
     for name, tasks in (("eval", "probe, finetune"), ("train_blocks", "finetune"), ("labels", "knn, probe, finetune")):
         if getattr(args, name) not in (None, False) and args.task not in tasks.split(", "):
             raise Problem(f"--{name.replace('_', '-')} goes with --task {tasks}")
-    if not (0 < args.mask_ratio < 1 and int((args.size // args.patch) ** 2 * (1 - args.mask_ratio))):
-        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of "
-                      f"{(args.size // args.patch) ** 2}")
+    if args.task in ("pretrain", "reconstruct"):
+        check_ratio(args)
     TASKS[args.task](args)
 
 if __name__ == "__main__":

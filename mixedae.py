@@ -109,7 +109,7 @@ class MixedAE(nn.Module):
         if self.places % members or self.places == members or self.group > members:
             raise Problem(f"{self.places} patches do not divide among {members} pictures: change --size, --patch or --mix-ratio")
         self.own = self.places // members                                                   # n
-        self.segments = nn.ParameterDict({"segment_token": 0.02 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
+        self.segments = nn.ParameterDict({"segment_token": 0.5 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
         for block in encoder.blocks:
             block.attn.top = self.own if homologous else None
 

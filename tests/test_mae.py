@@ -880,7 +880,7 @@ def test_pre_training_on_scenes_is_worth_its_time(seed, tmp_path):
     finish(start(tmp_path / "run", "--seed", seed), seconds=1800)
     scratch = [f"--{name}={value}" for name, value in {"model": "nano", "size": 64, "patch": 8}.items()]
     found = {}
-    for task, more in (("finetune", "--labels 10 --epochs 200".split()), ("probe", [])):
+    for task, more in (("finetune", "--labels 10 --batch 20 --epochs 200".split()), ("probe", [])):
         for name, words in (("trained", ["--init", tmp_path / "run" / "last.pt"]), ("untrained", scratch)):
             finish(start(tmp_path / task / name, "--task", task, "--seed", seed, *more, *words), seconds=1800)
             found[task, name] = log_of(tmp_path / task / name)[-1]["top1"]
