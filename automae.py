@@ -47,10 +47,11 @@ class Generator(nn.Module):
         super().__init__()
         self.grid, half = grid, max(1, heads // 2)
         self.layers = nn.Sequential(nn.Conv2d(heads, half, 3, padding=1), nn.ReLU(), nn.Conv2d(half, 1, 3, padding=1))
-        for layer in (self.layers[0], self.layers[2]):                                      # attention is small, about 1/N:
-            nn.init.zeros_(layer.bias)                                                      # a bias could close the ReLU for good
+        for layer in (self.layers[0], self.layers[2]):                                      # a random one could close the ReLU
+            nn.init.zeros_(layer.bias)
 
     def forward(self, attention):
+        attention = attention * attention.shape[-1]                                         # 1 on average, on any grid (our choice)
         return self.layers(attention.unflatten(-1, self.grid)).flatten(1).float().log_softmax(-1)
 
 class Discriminator(nn.Module):
