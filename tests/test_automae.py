@@ -413,9 +413,10 @@ def test_the_generator_equals_its_formula_and_is_normalised(heads, grid):
     first, second = (layer for layer in generator.modules() if isinstance(layer, nn.Conv2d))
     half = max(1, heads // 2)
     assert first.weight.shape == (half, heads, 3, 3) and second.weight.shape == (1, half, 3, 3)
-    attention = 10 * distributions(5, heads * grid[0] * grid[1]).unflatten(1, (heads, -1))
+    attention = distributions(5, heads * grid[0] * grid[1]).unflatten(1, (heads, -1))
     found = generator(attention)
-    x = F.conv2d(attention.unflatten(2, grid), first.weight, first.bias, padding=1).clamp(min=0)
+    scaled = attention * grid[0] * grid[1]                                               # 1 on average, our choice
+    x = F.conv2d(scaled.unflatten(2, grid), first.weight, first.bias, padding=1).clamp(min=0)
     x = F.conv2d(x, second.weight, second.bias, padding=1).flatten(1)
     torch.testing.assert_close(found, x - x.exp().sum(1, keepdim=True).log(), rtol=0, atol=1e-5)    # float32
     torch.testing.assert_close(found.exp().sum(1), torch.ones(5), rtol=0, atol=1e-5)
