@@ -51,7 +51,7 @@ class Generator(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, attention):
-        attention = attention * attention.shape[-1]                                         # 1 on average on any grid (our choice)
+        attention = attention * attention.shape[-1]                                         # 1 on average (our choice)
         return self.layers(attention.unflatten(-1, self.grid)).flatten(1).float().log_softmax(-1)
 
 class Discriminator(nn.Module):
