@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from common import (Batches, Decoder, Problem, Run, ViT, adamw, check_ratio, entry, fit, keep_lowest, load_encoder, open_data,
-                    patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take, unpatchify, vit_of)
+                    patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take, unpatchify,
+                    vit_of, with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 
@@ -199,12 +200,7 @@ def pretrain(args, data=None):
                  discriminator_optimizer=critic_optimizer)                                  # in last.pt
     else:
         run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(f"{millions:.1f} M parameters, {len(train)} pictures of {args.size} pixels a side on {run.world} × {run.device.type} "
-            f"in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
-
-    if len(train) < args.batch:
-        run.say(f"--batch {args.batch} is more than there are pictures, each is seen several times a step: try a smaller one")
+    run.introduce(model, train)
 
     batches, n = Batches(train, run, args.size, args.crop), int(places * (1 - args.mask_ratio))
     for step in run.steps(batches.per_epoch):
@@ -242,8 +238,6 @@ def pretrain(args, data=None):
     if data:
         run.put("prior.pt", encoder=encoder.state_dict(), args=vars(args))
     elif run.rank == 0:
-        if broken := getattr(train, "broken", None):
-            run.say(f"{len(broken)} unreadable pictures were replaced by their neighbours")
         draw(model, prior, val or train, run, args)
     return encoder
 
@@ -267,7 +261,7 @@ def draw(model, prior, data, run, args, count=10):
     _, prediction, mask = model.forward(images, highlighted, noise, args.mask_ratio)
     patches, mask = patchify(images, args.patch), mask[..., None]                           # (B, N, P·P·C), (B, N, 1)
     if args.norm_pixels:
-        prediction = prediction * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        prediction = with_contrast(prediction, patches)
     pixels = lambda x: patchify((unpatchify(x, args.patch, args.size) * data.std + data.mean).clamp(0, 255), args.patch)
     title = "reconstruction" + ", each hidden patch with its true mean and contrast" * args.norm_pixels
     rows = {"original": pixels(patches), **rows, f"{1 - args.mask_ratio:.0%} visible": pixels(patches * (1 - mask)),

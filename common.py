@@ -71,6 +71,11 @@ def pixel_loss(images, prediction, mask, patch, norm_pixels):
     error = (prediction.float() - target).square().mean(-1)                                 # (B, N)
     return (error * mask).sum() / mask.sum()
 
+def with_contrast(prediction, patches):
+    """Both (B, N, P·P·C) → the prediction with each true patch's mean and contrast: makes a picture of what `norm_pixels` learns,
+    and gives part of the answer away."""
+    return prediction * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+
 # ------------------------------------------------------------------------------------------------------------- transformer
 
 VITS = {
@@ -721,6 +726,7 @@ class Run:
         if self.accumulate * self.micro != share:
             raise Problem(f"--batch {args.batch} is {share} pictures a process, which --micro-batch {self.micro} does not divide")
         self.step, self.seconds, self.stop, self.sums, self.notes, self.kept, self.wrapped = 0, 0.0, 0, {}, {}, {}, []
+        self.data = None
         if self.rank == 0:
             self.claim()
 
@@ -765,6 +771,15 @@ class Run:
         if self.rank == 0:
             with open(f"{self.out}/log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
+
+    def introduce(self, model, data):
+        """Says what is about to be trained, on what and how."""
+        learns, self.data = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6, data
+        self.say(f"{learns:.3g} M parameters learn from {len(data)} pictures of {self.args.size} pixels a side on {self.world} × "
+                 f"{self.device.type} in {self.precision}, batches of {self.world} × {self.accumulate} × {self.micro}")
+        if len(data) < self.args.batch:
+            self.say(f"--batch {self.args.batch} is more than there are pictures, each is seen several times a step: try a "
+                     "smaller one")
 
     def put(self, name, **things):
         """Writes things to OUT/name, from process 0 alone."""
@@ -825,6 +840,8 @@ class Run:
                 yield self.step
                 self.step += 1
                 self.after_step()
+            if broken := getattr(self.data, "broken", None):
+                self.say(f"{len(broken)} unreadable pictures were replaced by their neighbours")
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -892,11 +909,16 @@ class Run:
         self.scaler.step(optimizer)
         optimizer.zero_grad()
 
-    def save(self):
-        """Process 0 writes last.pt, unless weights are no longer finite. At most 2 % of the time goes into saving."""
-        start, models = time.time(), [thing for thing in self.kept.values() if isinstance(thing, nn.Module)]
+    def check(self):
+        """Raises Problem when weights are no longer finite."""
+        models = [thing for thing in self.kept.values() if isinstance(thing, nn.Module)]
         if not all(p.isfinite().all() for model in models for p in model.parameters()):
             raise Problem(f"weights are not finite at step {self.step}: try a lower --lr; {self.out}/last.pt is from before")
+
+    def save(self):
+        """Process 0 writes last.pt, unless weights are no longer finite. At most 2 % of the time goes into saving."""
+        start = time.time()
+        self.check()
         state = {name: thing.state_dict() for name, thing in self.kept.items()}
         state |= dict(step=self.step, seconds=self.seconds + start - self.start, sums=self.sums, args=vars(self.args))
         self.put("last.pt", **state)
@@ -915,12 +937,18 @@ def entry(main):
         message = "the GPU's memory is full: lower --micro-batch, which leaves the result as it is"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
+    except SystemExit as stop:
+        code = stop.code or 0
     except RuntimeError as error:
         if not rank or "peer" not in str(error):                                            # another process ended and said why
             raise
     if message:
         time.sleep(3 * (rank > 0))                                                          # time for process 0 to say the same
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
-    if dist.is_initialized() and not code:
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        if not code:
+            dist.all_reduce(torch.zeros(1))                                                 # leave together: process 0 may draw
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(code)                                                                      # gloo's threads may abort a sys.exit
     sys.exit(code)

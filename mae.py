@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, check_ratio, entry, fit, keep_lowest, load_decoder,
                     load_encoder, open_data, patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take,
-                    unpatchify, vit_of, weights_in)
+                    unpatchify, vit_of, weights_in, with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 # Each kind of mask is a score for every patch; the n lowest scores of a picture stay visible. So all kinds hide exactly as many.
@@ -90,7 +90,7 @@ class MAE(nn.Module):
         _, prediction, mask = self.forward(images, mask_ratio, noise)                       # not compiled for this one batch
         patches, mask = patchify(images, self.encoder.patch), mask[..., None]               # (B, N, P·P·C), (B, N, 1)
         if self.norm_pixels:
-            prediction = prediction * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+            prediction = with_contrast(prediction, patches)
         return [unpatchify(patches * (1 - mask) + fill * mask, self.encoder.patch, self.encoder.size) for fill in (0, prediction)]
 
 # ---------------------------------------------------------------------------------------------------------------- training
@@ -102,6 +102,7 @@ def build(args):
     return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
 
 def pretrain(args):
+    """--task pretrain: hides, reconstructs, and in the end draws and measures."""
     run = Run(args)
     train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
     args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
@@ -109,12 +110,7 @@ def pretrain(args):
     optimizer = adamw(model := MAE(encoder, decoder, args.norm_pixels, args.masking), args.weight_decay)
     wrapped = run.wrap(model)                                                               # device, torch.compile, DDP
     run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)                         # in last.pt
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(f"{millions:.1f} M parameters, {len(train)} pictures of {args.size} pixels a side on {run.world} × {run.device.type} "
-            f"in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
-
-    if len(train) < args.batch:
-        run.say(f"--batch {args.batch} is more than there are pictures, each is seen several times a step: try a smaller one")
+    run.introduce(model, train)
 
     batches = Batches(train, run, args.size, args.crop)
     for step in run.steps(batches.per_epoch):
@@ -126,8 +122,6 @@ def pretrain(args):
         run.update(optimizer)
 
     if run.rank == 0:
-        if broken := getattr(train, "broken", None):
-            run.say(f"{len(broken)} unreadable pictures were replaced by their neighbours")
         draw(model, val or train, run, args)
         report(encoder, train, val, run, args)
 
@@ -262,9 +256,7 @@ def classify(args):
     run.keep(encoder=model, optimizer=optimizer)
     if args.eval:
         return finish(*measure(model, val, run, args), train.classes, run, args)
-    learns = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    run.say(f"{learns:.3f} M parameters learn from {len(train)} pictures of {classes} classes on {run.world} × {run.device.type} "
-            f"in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
+    run.introduce(model, train)
 
     change = v2.RandAugment(2, args.randaugment, num_magnitude_bins=11) if args.randaugment else None      # magnitude of 10
     erase = v2.RandomErasing(args.erasing or 0, value="random")                             # noise of each pixel's own
@@ -285,6 +277,7 @@ def classify(args):
         run.update(optimizer)
         epoch, rest = divmod(step + 1, batches.per_epoch)
         if rest == 0 and (epoch % pause == 0 or epoch == args.epochs):
+            run.check()                                                                     # best.pt never holds a NaN
             found = run.aside(lambda: measure(model, val, run, args))
             run.note(top1=found[0], top5=found[1])
             if found[0] > best:

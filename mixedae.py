@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import (Attention, Batches, Decoder, Problem, Run, ViT, adamw, entry, fit, open_data, patchify, pixel_loss,
-                    save_sheet, settings, shared_options, take, unpatchify)
+                    save_sheet, settings, shared_options, take, unpatchify, with_contrast)
 
 # ------------------------------------------------------------------------------------------------------------------ mixing
 
@@ -154,6 +154,7 @@ def build(args):
     return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
 
 def pretrain(args):
+    """Mixes, reconstructs, and in the end draws."""
     run = Run(args)
     if run.micro % args.members:
         raise Problem(f"micro-batches of {run.micro} do not divide into groups of {args.members}: change --micro-batch")
@@ -164,12 +165,7 @@ def pretrain(args):
                                        args.homologous_attention, args.contrastive_weight * args.contrastive), args.weight_decay)
     wrapped = run.wrap(model)                                                               # device, torch.compile, DDP
     run.keep(encoder=encoder, decoder=decoder, segments=model.segments, optimizer=optimizer)
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    run.say(f"{millions:.1f} M parameters, {len(train)} pictures of {args.size} pixels a side on {run.world} × {run.device.type} "
-            f"in {run.precision}, batches of {run.world} × {run.accumulate} × {run.micro}")
-
-    if len(train) < args.batch:
-        run.say(f"--batch {args.batch} is more than there are pictures, each is seen several times a step: try a smaller one")
+    run.introduce(model, train)
 
     batches = Batches(train, run, args.size, args.crop)
     for step in run.steps(batches.per_epoch):
@@ -181,8 +177,6 @@ def pretrain(args):
         run.update(optimizer)
 
     if run.rank == 0:
-        if broken := getattr(train, "broken", None):
-            run.say(f"{len(broken)} unreadable pictures were replaced by their neighbours")
         draw(model, val or train, run, args)
 
 @torch.no_grad()
@@ -198,7 +192,7 @@ def draw(model, data, run, args):
     patches, visible, places = patchify(images, args.patch), 1 - mask[:count, :, None], shuffle[:count, :model.own].flatten()
     prediction = prediction[:count]
     if args.norm_pixels:
-        prediction = prediction * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
+        prediction = with_contrast(prediction, patches)
     pixels = lambda x: (unpatchify(x, args.patch, args.size) * data.std + data.mean).clamp(0, 255).expand(-1, 3, -1, -1)
 
     best = facts["topk_accuracy"].argmax() if model.homologous else len(encoder.blocks) - 1

@@ -1,13 +1,12 @@
 """automae.py: masking against formulas and slow loops; who learns from what; MAE as its special case; its runs; bad input."""
 
+import functools
 import itertools
 import json
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from types import SimpleNamespace
 
@@ -22,8 +21,8 @@ import automae
 import common
 import mae
 from test_common import shake
-from test_mae import (SMALL, THREADS, assert_same_training, command, cut, epochs_of, finish, log_of, losses, paint_folder, saved,
-                      tensors)
+from test_mae import (SMALL, assert_same_training, cut, epochs_of, finish, log_of, losses, one_line, paint_folder,
+                      saved, start, tensors)
 
 PER_EPOCH, PER_STEP = 8, 32                                                             # steps, pictures
 RUN = [*SMALL, *f"--limit {PER_EPOCH * PER_STEP} --epochs 2 --prior-epochs 1 --batch {PER_STEP} --micro-batch {PER_STEP // 4} "
@@ -72,27 +71,7 @@ def equal(one, two):
     return one.keys() == two.keys() and all(
         torch.equal(leaf, two[name]) if torch.is_tensor(leaf) else leaf == two[name] for name, leaf in one.items())
 
-def start(out, *flags, processes=1):
-    """automae.py's command line in a process of its own, or in several."""
-    words = [automae.__file__ if word == mae.__file__ else word for word in command(out, *flags, processes=processes)]
-    return subprocess.Popen(words, env={**os.environ, **THREADS}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True)
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Runs a script's command line in this process → exit code, stdout, stderr."""
-    def run(*arguments, script=automae):
-        monkeypatch.setattr(sys, "argv", [os.path.basename(script.__file__)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            common.entry(lambda: script.main([str(argument) for argument in arguments]))
-        return end.value.code, *capsys.readouterr()
-    return run
-
-def one_line(errors):
-    """The only line on stderr."""
-    assert re.fullmatch(r"automae\.py: error: .+\n", errors), errors
-    return errors
+start = functools.partial(start, script=automae)
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
@@ -790,35 +769,16 @@ def test_a_folder_of_pictures_works_with_a_prior(prior, tmp_path, cli):
 
 # ------------------------------------------------------------------------------------------------- killed, stopped, in parallel
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, os.path.dirname({path!r}))
-import automae, common
-after = common.Run.after_step
-def after_step(run):
-    after(run)
-    if os.path.basename(run.out) == {where!r}:
-        if run.step == {save}:
-            run.save()
-        if run.step == {kill}:
-            os.kill(os.getpid(), signal.SIGKILL)
-common.Run.after_step = after_step
-automae.main(sys.argv[1:])
-"""
-
 @pytest.mark.parametrize("where, save, kill", [("run", PER_EPOCH - 2, PER_EPOCH + 2), ("prior", 3, PER_EPOCH - 2)])
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(uninterrupted, tmp_path, cli, monkeypatch, where, save, kill):
     """The run itself with --resume, when the log is ahead of the checkpoint; the prior's training with the same command again."""
     out = tmp_path / "run"
-    script = KILLED.format(path=os.path.abspath(automae.__file__), where=where, save=save, kill=kill)
-    words = [*RUN, "--save-every", "1e6", "--out", str(out)]
-    died = subprocess.run([sys.executable, "-c", script, *words], env={**os.environ, **THREADS}, capture_output=True, text=True,
-                          timeout=120)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    assert saved(out if where == "run" else out / "prior")["step"] == save
+    folder = out if where == "run" else out / "prior"
+    finish(start(out, *RUN, end=(folder, save, kill, signal.SIGKILL)), -signal.SIGKILL)
+    assert saved(folder)["step"] == save
     after, steps = common.Run.after_step, Counter()
     monkeypatch.setattr(common.Run, "after_step", lambda run: steps.update([os.path.basename(run.out)]) or after(run))
-    code, _, errors = cli(*(("--resume", "--out", out) if where == "run" else words))    # with the options of before
+    code, _, errors = cli(*(("--resume", "--out", out) if where == "run" else ("--out", out, *RUN)))    # as before
     assert code == 0 and not errors
     assert steps == ({"run": 2 * PER_EPOCH - save} if where == "run" else {"prior": PER_EPOCH - save, "run": 2 * PER_EPOCH})
     assert_same_training(uninterrupted[0], out)

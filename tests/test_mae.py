@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +19,7 @@ import torchvision
 import common
 import mae
 
+ENDING = str(Path(__file__).with_name("ending.py"))
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}                               # sums in one order: runs repeat
 SMALL = "--model nano --size 32 --patch 8 --decoder-dim 32 --decoder-depth 1 --decoder-heads 4".split()
 QUICK = [*SMALL, *"--epochs 2 --batch 16 --lr 1e-2 --warmup 0.5 --workers 0 --device cpu".split()]   # on `pictures`, 8 steps
@@ -86,18 +86,21 @@ def assert_finite(out):
     for name, leaf in tensors(saved(out)).items():
         assert not torch.is_tensor(leaf) or leaf.isfinite().all(), name
 
-def command(out, *flags, processes=1):
-    """The command line of a run in a process of its own, or in several through torchrun."""
+def command(out, *flags, processes=1, script=mae, end=None):
+    """The command line of a run in a process of its own, or in several through torchrun. `end`: (save, end, signal) for
+    ending.py, and before them a folder if not `out`."""
     launch = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    return [*launch, mae.__file__, "--out", str(out), *map(str, flags)]
+    if end:
+        launch += [ENDING, *map(str, end if len(end) > 3 else (out, *end))]
+    return [*launch, script.__file__, "--out", str(out), *map(str, flags)]
 
-def start(out, *flags, processes=1):
-    return subprocess.Popen(command(out, *flags, processes=processes), env={**os.environ, **THREADS}, text=True,
+def start(out, *flags, **how):
+    return subprocess.Popen(command(out, *flags, **how), env={**os.environ, **THREADS}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 def finish(process, code=0, seconds=120):
@@ -109,14 +112,6 @@ def finish(process, code=0, seconds=120):
             os.killpg(process.pid, signal.SIGKILL)                                       # with its workers
     assert process.returncode == code if code is not None else process.returncode, (process.returncode, output, errors)
     return output, errors
-
-def wait_until(process, true, seconds=120):
-    end = time.time() + seconds
-    while not true():
-        if process.poll() is not None or time.time() > end:
-            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
-            raise AssertionError(f"ended or took too long, exit code {process.poll()}: {process.communicate()}")
-        time.sleep(0.05)
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
@@ -164,20 +159,9 @@ def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     return out, *finish(start(out, *SCENES))
 
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Runs mae.py's command line in this process → exit code, stdout, stderr."""
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mae.py"])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            common.entry(lambda: mae.main([str(argument) for argument in arguments]))
-        return end.value.code, *capsys.readouterr()
-    return run
-
 def one_line(errors):
-    """The only line on stderr, without its `mae.py: error: `."""
-    assert re.fullmatch(r"mae\.py: error: .+\n", errors), errors
+    """The only line on stderr."""
+    assert re.fullmatch(r"(mae|automae|mixedae)\.py: error: .+\n", errors), errors
     return errors
 
 # -------------------------------------------------------------------------------------------------------------------- masks
@@ -566,13 +550,10 @@ def test_a_finished_run_resumed_changes_nothing(tmp_path, cli):
 # ------------------------------------------------------------------------------------------- killed, stopped, and resumed
 
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(uninterrupted, tmp_path):
+    """Saved in the middle of an epoch and killed in the next: then the log is ahead of the checkpoint."""
     out = tmp_path / "run"
-    process = start(out, *SCENES)
-    # In mid-epoch, and late enough that the log is ahead of the checkpoint or has an epoch before it.
-    wait_until(process, lambda: step_of(out) % STEPS and log_of(out) and (step_of(out) > 1 or len(log_of(out)) > 1))
-    os.kill(process.pid, signal.SIGKILL)
-    finish(process, -signal.SIGKILL)
-    assert 0 < step_of(out) < EPOCHS * STEPS and step_of(out) % STEPS
+    finish(start(out, *SCENES, end=(STEPS - 10, STEPS + 10, signal.SIGKILL)), -signal.SIGKILL)
+    assert step_of(out) == STEPS - 10 and [line["step"] for line in log_of(out)] == [STEPS]
     output, errors = finish(start(out, "--resume"))                                      # with the options of before
     assert not errors
     assert_same_training(uninterrupted[0], out)
@@ -583,35 +564,19 @@ def test_a_run_on_a_folder_stopped_twice_resumes_to_the_same_weights_bit_for_bit
     images.mkdir()
     paint_folder(images, 160)
     whole, out = tmp_path / "whole", tmp_path / "stopped"
-    process = start(out, "--data", images, *FOLDER)
-    wait_until(process, lambda: step_of(out))
-    process.send_signal(signal.SIGTERM)
-    output, errors = finish(process, 128 + signal.SIGTERM)
-    assert "--resume" in output.splitlines()[-1] and not errors
-    stopped = step_of(out)
-    assert f"step {stopped} " in output.splitlines()[-1] and 0 < stopped < 300
-
-    process = start(out, "--resume")
-    wait_until(process, lambda: step_of(out) > stopped)
-    os.killpg(process.pid, signal.SIGINT)                                                # as Ctrl-C: its workers get it too
-    output, errors = finish(process, 128 + signal.SIGINT)
-    assert "--resume" in output.splitlines()[-1] and not errors
-    assert stopped < step_of(out) < 300
-
-    process = start(whole, "--data", images, *FOLDER)
+    for step, number, flags in ((13, signal.SIGTERM, ["--data", images, *FOLDER]), (25, signal.SIGINT, ["--resume"])):
+        output, errors = finish(start(out, *flags, end=(0, step, number)), 128 + number)
+        assert f"step {step} " in output.splitlines()[-1] and "--resume" in output.splitlines()[-1] and not errors
+        assert step_of(out) == step
     finish(start(out, "--resume"))
-    finish(process)
+    finish(start(whole, "--data", images, *FOLDER))
     assert_same_training(whole, out)
 
 def test_two_processes_stopped_and_resumed_train_what_one_does(uninterrupted, tmp_path):
     out = tmp_path / "run"
-    agent = start(out, *SCENES, processes=2)
-    wait_until(agent, lambda: step_of(out) % STEPS and (step_of(out) > 1 or log_of(out)))
-    before = step_of(out)
-    agent.send_signal(signal.SIGTERM)
-    output, _ = finish(agent, None)
+    output, _ = finish(start(out, *SCENES, processes=2, end=(0, STEPS + 10, signal.SIGTERM)), None)
     assert output.count("--resume") == 1                                                 # said by one of them
-    assert before <= step_of(out) < EPOCHS * STEPS
+    assert step_of(out) == STEPS + 10
 
     finish(start(out, "--resume", processes=2))
     assert {path.name for path in out.iterdir()} == {path.name for path in uninterrupted[0].iterdir()}
@@ -800,14 +765,11 @@ def test_two_processes_measure_a_probe_as_it_is_saved(tmp_path, cli):
 
 def test_a_killed_fine_tuning_resumes_to_the_same_weights_bit_for_bit(uninterrupted, tmp_path, cli):
     whole, out = tmp_path / "whole", tmp_path / "killed"
-    flags = ["--task", "finetune", "--init", uninterrupted[0] / "last.pt", *"--limit 640 --epochs 4 --batch 32 --mixup 0.8 "
-             "--cutmix 1 --erasing 0.2 --label-smoothing 0.1 --save-every 0 --device cpu".split()]
+    flags = ["--task", "finetune", "--init", uninterrupted[0] / "last.pt", *"--limit 640 --epochs 3 --batch 32 --mixup 0.8 "
+             "--cutmix 1 --erasing 0.2 --label-smoothing 0.1 --device cpu".split()]
     assert cli(*flags, "--out", whole)[0] == 0
-    process = start(out, *flags)
-    wait_until(process, lambda: step_of(out) % 20 and log_of(out))                       # best.pt is ahead of last.pt, or there
-    os.kill(process.pid, signal.SIGKILL)
-    finish(process, -signal.SIGKILL)
-    assert 0 < step_of(out) < 80 and (out / "best.pt").exists()
+    finish(start(out, *flags, end=(15, 30, signal.SIGKILL)), -signal.SIGKILL)            # best.pt is ahead of last.pt
+    assert step_of(out) == 15 and (out / "best.pt").exists()
     output, errors = finish(start(out, "--resume"))
     assert not errors
     assert_same_training(whole, out)

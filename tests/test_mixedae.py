@@ -1,12 +1,10 @@
 """mixedae.py: mixing, attention and losses against slow loops; MAE as its special case; its runs; its answers to bad input."""
 
+import functools
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,8 @@ import common
 import mae
 import mixedae
 from test_common import shake
-from test_mae import SMALL, THREADS, assert_same_training, command, cut, epochs_of, finish, log_of, losses, saved, tensors
+from test_mae import (SMALL, assert_same_training, cut, epochs_of, finish, log_of, losses, one_line, saved, start,
+                      tensors)
 
 PER_EPOCH, PER_STEP = 8, 32                                                             # steps, pictures
 RUN = [*SMALL, *f"--limit {PER_EPOCH * PER_STEP} --epochs 2 --batch {PER_STEP} --micro-batch {PER_STEP // 2} --lr 1e-2 "
@@ -61,27 +60,7 @@ def slow_token(model, image, place):
     weight, bias = model.encoder.patch_embed["proj"].weight, model.encoder.patch_embed["proj"].bias
     return weight.flatten(1) @ cut(image)[place].flatten() + bias + model.encoder.pos_embed[0, 1 + place]
 
-def start(out, *flags, processes=1):
-    """mixedae.py's command line in a process of its own, or in several."""
-    words = [mixedae.__file__ if word == mae.__file__ else word for word in command(out, *flags, processes=processes)]
-    return subprocess.Popen(words, env={**os.environ, **THREADS}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            start_new_session=True)
-
-@pytest.fixture
-def cli(capsys, monkeypatch):
-    """Runs a script's command line in this process → exit code, stdout, stderr."""
-    def run(*arguments, script=mixedae):
-        monkeypatch.setattr(sys, "argv", [os.path.basename(script.__file__)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            common.entry(lambda: script.main([str(argument) for argument in arguments]))
-        return end.value.code, *capsys.readouterr()
-    return run
-
-def one_line(errors):
-    """The only line on stderr."""
-    assert re.fullmatch(r"mixedae\.py: error: .+\n", errors), errors
-    return errors
+start = functools.partial(start, script=mixedae)
 
 # ------------------------------------------------------------------------------------------------------------------- places
 
@@ -643,29 +622,11 @@ def test_mae_judges_the_encoder_unchanged(uninterrupted, tmp_path, cli, monkeypa
     assert sorted(same.tolist()) == list(range(128)) and torch.equal(labels, train.labels[same])     # in some order
     assert distance.max() < 1e-4                                                         # float32, batches of another size
 
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, os.path.dirname({path!r}))
-import common, mixedae
-after = common.Run.after_step
-def after_step(run):
-    after(run)
-    if run.step == {save}:
-        run.save()
-    if run.step == {kill}:
-        os.kill(os.getpid(), signal.SIGKILL)
-common.Run.after_step = after_step
-mixedae.main(sys.argv[1:])
-"""
-
 @pytest.mark.parametrize("save, kill", [(PER_EPOCH - 2, PER_EPOCH + 2)])
 def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(uninterrupted, tmp_path, cli, save, kill):
     """Saved in the middle of an epoch and killed in the next: then the log is ahead of the checkpoint."""
     out = tmp_path / "run"
-    script = KILLED.format(path=os.path.abspath(mixedae.__file__), save=save, kill=kill)
-    died = subprocess.run([sys.executable, "-c", script, *RUN, "--save-every", "1e6", "--out", str(out)],
-                          env={**os.environ, **THREADS}, capture_output=True, text=True, timeout=120)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    finish(start(out, *RUN, end=(save, kill, signal.SIGKILL)), -signal.SIGKILL)
     assert saved(out)["step"] == save and [line["step"] for line in log_of(out)] == [PER_EPOCH]
     code, _, errors = cli("--resume", "--out", out)                                      # with the options of before
     assert code == 0 and not errors
