@@ -80,6 +80,7 @@ def with_contrast(prediction, patches):
 
 VITS = {
     "nano": dict(dim=128, depth=4, heads=4, patch=8),                                       # ours, for a laptop's CPU
+    "light": dict(dim=384, depth=4, heads=6, patch=16),                                     # ours, MRA's augmentor
     "tiny": dict(dim=192, depth=12, heads=3, patch=16),
     "small": dict(dim=384, depth=12, heads=6, patch=16),
     "base": dict(dim=768, depth=12, heads=12, patch=16),
@@ -456,21 +457,24 @@ def seed_of(*numbers):
 
 class Batches:
     """The pictures of every step, a function of (seed, step, place in the global batch) alone: a run goes on anywhere, and the
-    micro-batches are the same whether one process takes four in turn or four processes take one each."""
+    micro-batches are the same whether one process takes four in turn or four processes take one each. They are `times` as large
+    as --batch says, over `steps` steps if not --epochs."""
 
-    def __init__(self, data, run, size, scale, change=None):
-        self.data, self.run, self.view, self.batches = data, run, (size, scale, change), None
-        self.per_epoch = max(1, len(data) // run.args.batch)                                # a smaller last batch is left out
+    def __init__(self, data, run, size, scale, change=None, times=1, steps=None):
+        self.data, self.run, self.view, self.batches, self.times = data, run, (size, scale, change), None, times
+        self.per_epoch = max(1, len(data) // (run.args.batch * times))                      # a smaller last batch is left out
+        self.steps = steps or run.args.epochs * self.per_epoch
 
     def plan(self, first):
         """This process's micro-batches from a step on: picture numbers (b,) and a seed for each."""
-        seed, share = self.run.args.seed, self.run.micro * self.run.accumulate
-        for step in range(first, self.run.args.epochs * self.per_epoch):
+        seed, micro = self.run.args.seed, self.run.micro * self.times
+        share = micro * self.run.accumulate
+        for step in range(first, self.steps):
             epoch, place = divmod(step, self.per_epoch)
             if place == 0 or step == first:
                 order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
-            start = place * self.run.args.batch + self.run.rank * share
-            for i, index in enumerate(order[torch.arange(start, start + share) % len(order)].split(self.run.micro)):
+            start = place * self.run.args.batch * self.times + self.run.rank * share
+            for i, index in enumerate(order[torch.arange(start, start + share) % len(order)].split(micro)):
                 yield index, seed_of(seed, step, self.run.rank * self.run.accumulate + i)
 
     def at(self, step):
@@ -542,6 +546,12 @@ def vit_of(path):
     usual = next((vit["heads"] for vit in VITS.values() if (vit["dim"], vit["depth"]) == (dim, depth)), max(1, dim // 64))
     return dict(size=args.get("size") or math.isqrt(places) * patch, patch=patch, channels=channels, dim=dim, depth=depth,
                 heads=(args.get("vit") or {}).get("heads", usual))
+
+def decoder_of(path):
+    """→ what the decoder in a checkpoint is, as `Decoder` takes it: dim, depth, heads (16 where the file does not say)."""
+    state, args = weights_in(path, "decoder", (("decoder_embed.weight", 2), ("decoder_pos_embed", 3)))
+    depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
+    return dict(dim=len(state["decoder_embed.weight"]), depth=depth, heads=args.get("decoder_heads", 16))
 
 def fill(module, state, path, table, grid, args, free):
     """Puts tensors into a module; resizes its position `table` to `grid`, as MAE does for other sizes; → what was done."""
@@ -622,8 +632,8 @@ def settings(parser, preset, arguments=None):
 
     parser.error = refuse
     args = parser.parse_args(arguments)
-    task, script = getattr(args, "task", "pretrain"), os.path.splitext(parser.prog)[0]
-    out = args.out or f"runs/{script}" + f"-{task}" * (task != "pretrain") + "-eval" * getattr(args, "eval", False)
+    task, usual, script = getattr(args, "task", ""), parser.get_default("task") or "", os.path.splitext(parser.prog)[0]
+    out = args.out or f"runs/{script}" + f"-{task}" * (task != usual) + "-eval" * getattr(args, "eval", False)
     if args.resume and args.overwrite:
         refuse("--resume goes on with a run and --overwrite drops it: give one of them")
     old = read_checkpoint(f"{out}/last.pt").get("args", {}) if args.resume and os.path.exists(f"{out}/last.pt") else {}
@@ -638,13 +648,14 @@ def settings(parser, preset, arguments=None):
     args = Namespace(**vars(args) | ({} if old else preset(args, kind)) | given)
     least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, decoder_depth=0,
                  labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0, save_every=0, bank=0,
-                 mixup=0, cutmix=0, contrastive_weight=0, adversarial_weight=0, mask_factor=0, prior_epochs=1)
+                 mixup=0, cutmix=0, contrastive_weight=0, adversarial_weight=0, mask_factor=0, prior_epochs=1,
+                 augmentor_epochs=1, imbalance=1, unlabelled=1, held_out=1, ways=2, queries=1, episodes=2, copies=0)
     if not 0 <= (getattr(args, "randaugment", None) or 0) <= 10:
         refuse(f"--randaugment must lie between 0 and 10, not {args.randaugment}")
     for path in filter(None, (getattr(args, name, None) for name in ("init", "prior", "augmentor"))):
         if args.overwrite and os.path.dirname(os.path.realpath(path)) == os.path.realpath(out):
             refuse(f"--overwrite would remove {path}: name another --out")
-    shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing")
+    shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing", "apply", "threshold", "ema")
     for name, value in vars(args).items():
         if name in least and value is not None and not least[name] <= value < 2 ** 63:
             refuse(f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
@@ -881,6 +892,8 @@ class Run:
             self.save()
         if stop:
             self.say(f"stopped and saved at step {self.step} of {self.total}; --resume goes on")
+            if self.world > 1:
+                dist.all_reduce(facts)                                                      # none leaves before all is written
             raise SystemExit(128 + (self.stop or signal.SIGTERM))
 
     def each(self, things):
@@ -952,3 +965,95 @@ def entry(main):
         sys.stdout.flush()
         os._exit(code)                                                                      # gloo's threads may abort a sys.exit
     sys.exit(code)
+
+# -------------------------------------------------------------------------------------------------------------- evaluation
+
+def labelled(run, args, few=None):
+    """→ training and validation set, each with labels; of the first only `few` pictures of each class, if that is given. Raises
+    Problem when there are no two classes to tell apart."""
+    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    if val is None or len(set(train.labels.tolist()) - {-1}) < 2:
+        raise Problem(f"--task {args.task} needs labelled pictures of two classes or more: train/CLASS/… and val/CLASS/… in a "
+                      f"folder, or a torchvision name" + f"; --limit {args.limit} leaves these only" * bool(args.limit))
+    train.pick((train.labels >= 0).nonzero()[:, 0])
+    if few:
+        train.few(few, args.seed)
+    for data in (train, val) if args.mean else ():                                          # of what the encoder was trained on
+        data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
+    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
+    args.classes = [str(name) for name in train.classes]
+    return train, val
+
+def count(scores, labels):
+    """Scores (b, K), labels (b,) → confusion (K, K), truth in rows and answers in columns, and how often (1,) the truth was among
+    the five highest scores (of all K where there are fewer)."""
+    classes = scores.shape[1]
+    highest = scores.topk(min(5, classes)).indices                                          # (b, 5)
+    confusion = torch.bincount(labels * classes + highest[:, 0], minlength=classes ** 2).view(classes, classes)
+    return confusion, (highest == labels[:, None]).sum().view(1)
+
+@torch.no_grad()
+def measure(model, data, run, args):
+    """→ top-1, top-5, confusion (K, K) over a data set. Each process takes its own pictures, so that none is counted twice."""
+    for part in model.buffers() if run.world > 1 else ():                                   # each process has its own BatchNorm's
+        dist.broadcast(part, 0)
+    model.eval()
+    index = torch.arange(len(data))[data.labels.cpu() >= 0][run.rank::run.world]
+    sums = [torch.zeros(size, dtype=torch.long, device=run.device) for size in ((len(data.classes), len(data.classes)), (1,))]
+    for images, labels, _ in data.stream(((part, 0) for part in index.split(run.micro)), run, args.size):
+        with run.autocast():
+            scores = model(images)
+        for total, part in zip(sums, count(scores, labels)):
+            total += part
+    for total in sums if run.world > 1 else ():
+        dist.all_reduce(total)
+    model.train()
+    return *(part.sum().item() / sums[0].sum().item() for part in (sums[0].diag(), sums[1])), sums[0]
+
+def finish(top1, top5, confusion, classes, run, args, **more):
+    """Says and logs an evaluation's result: a confusion table for up to 20 classes, else the classes most often wrong."""
+    names, seen = [str(name)[:9] for name in classes], confusion.sum(1).tolist()
+    right = [hits / all_ if all_ else None for hits, all_ in zip(confusion.diag().tolist(), seen)]
+    run.say(f"{args.task}: top-1 {top1:.4f}, top-5 {top5:.4f} of {confusion.sum()} pictures" + "".join(
+        f", {name} {value:.4f}" for name, value in more.items()))
+    if len(names) <= 20:
+        run.say("\n".join(f"{name:>10}" + "".join(f"{cell:>10}" for cell in row) for name, row in
+                          [("truth", names), *zip(names, confusion.tolist())]))
+    else:
+        worst = sorted((share, name) for share, name in zip(right, names) if share is not None)[:5]
+        run.say("least often right: " + ", ".join(f"{name} {share:.2f}" for share, name in worst))
+    if not all(seen):
+        run.say("no validation pictures of: " + ", ".join(name for name, count in zip(names, seen) if not count))
+    run.write(step=run.step, task=args.task, top1=top1, top5=top5, **more, class_accuracy=right)
+
+class Judge:
+    """Measures a classifier as it learns, keeps the best one in OUT/best.pt, and says in the end what came out."""
+
+    def __init__(self, model, data, run, args, per_epoch, **parts):
+        self.model, self.data, self.run, self.args, self.per_epoch, self.parts = model, data, run, args, per_epoch, parts
+        self.pause, self.found = max(1, len(data) // (per_epoch * args.batch)), None        # epochs between validations
+        self.best = -1.0
+        if args.resume and os.path.exists(f"{run.out}/best.pt"):
+            self.best = read_checkpoint(f"{run.out}/best.pt")["top1"]
+
+    def after(self, step):
+        """To be called after each step; measures at the end of an epoch, or of several where epochs are short."""
+        epoch, rest = divmod(step + 1, self.per_epoch)
+        if rest == 0 and (epoch % self.pause == 0 or epoch == self.args.epochs):
+            self.run.check()                                                                # best.pt never holds a NaN
+            self.found = self.run.aside(lambda: measure(self.model, self.data, self.run, self.args))
+            self.run.note(top1=self.found[0], top5=self.found[1])
+            if self.found[0] > self.best:
+                self.best = self.found[0]
+                parts = {name: part.state_dict() for name, part in self.parts.items()}
+                self.run.put("best.pt", **parts, top1=self.best, step=step + 1, args=vars(self.args))
+
+    def result(self):
+        """→ top-1, top-5 and confusion of the last measurement."""
+        self.found = self.found or measure(self.model, self.data, self.run, self.args)
+        return self.found
+
+    def finish(self, **more):
+        """Says and logs it, and → top-1."""
+        finish(*self.result(), self.data.classes, self.run, self.args, best_top1=self.best, **more)
+        return self.result()[0]

@@ -19,16 +19,16 @@ Measured, first command (2 cores of an AMD EPYC, torch 2.15, seeds 0 1 2): 2 min
 is right on 0.57 ± 0.03 of 3,000 new scenes, before training on 0.22, and on raw pixels on 0.17.
 """
 
-import argparse, os
+import argparse
 
 import torch
 import torch.nn.functional as F
-from torch import distributed as dist, nn
+from torch import nn
 from torchvision.transforms import v2
 
-from common import (VITS, Batches, Decoder, Problem, Run, ViT, adamw, check_ratio, entry, fit, keep_lowest, load_decoder,
-                    load_encoder, open_data, patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take,
-                    unpatchify, vit_of, weights_in, with_contrast)
+from common import (VITS, Batches, Decoder, Judge, Problem, Run, ViT, adamw, check_ratio, count, decoder_of, entry, finish, fit,
+                    keep_lowest, labelled, load_decoder, load_encoder, measure, open_data, patchify, pixel_loss, save_sheet,
+                    settings, shared_options, take, unpatchify, vit_of, weights_in, with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 # Each kind of mask is a score for every patch; the n lowest scores of a picture stay visible. So all kinds hide exactly as many.
@@ -200,23 +200,6 @@ class LARS(torch.optim.Optimizer):
                 state["speed"] = step.clone() if "speed" not in state else state["speed"].mul_(group["momentum"]).add_(step)
                 p.sub_(group["lr"] * state["speed"])
 
-def labelled(run, args):
-    """→ training and validation set, each with labels; of the first, with --labels, only so many pictures of each class."""
-    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
-    if val is None or len(set(train.labels.tolist()) - {-1}) < 2:
-        raise Problem(f"--task {args.task} needs labelled pictures of two classes or more: train/CLASS/… and val/CLASS/… in a "
-                      f"folder, or a torchvision name" + f"; --limit {args.limit} leaves these only" * bool(args.limit))
-    train.pick((train.labels >= 0).nonzero()[:, 0])
-    if args.labels:
-        train.few(args.labels, args.seed)
-    for data in (train, val) if args.mean else ():                                          # of what the encoder was trained on
-        data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
-    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
-    args.classes = [str(name) for name in train.classes]
-    if not args.init:
-        run.say(f"no --init: the encoder is {'random' if args.task != 'finetune' else 'trained from scratch'}")
-    return train, val
-
 def classifier(args, classes):
     """→ a ViT with the head for --task. Probe (appendix A.1): only the head learns, behind a BatchNorm without weights.
     Fine-tuning: everything, or with --train-blocks the last blocks, the last norm and the head (section 4.3, figure 9). With
@@ -241,7 +224,9 @@ def classify(args):
     run = Run(args)
     if args.task == "probe" and run.micro < 2:
         raise Problem("the probe's BatchNorm needs two pictures at once: a larger --batch or --micro-batch")
-    train, val = labelled(run, args)
+    train, val = labelled(run, args, args.labels)
+    if not args.init:
+        run.say(f"no --init: the encoder is {'random' if args.task == 'probe' else 'trained from scratch'}")
     model, probe, told = classifier(args, classes := len(train.classes)), args.task == "probe", ""
     if args.init and not args.resume:
         fresh = {name: value.clone() for name, value in model.head.state_dict().items()}
@@ -262,8 +247,7 @@ def classify(args):
     erase = v2.RandomErasing(args.erasing or 0, value="random")                             # noise of each pixel's own
     mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     batches = Batches(train, run, args.size, args.crop, change)
-    pause, found = max(1, len(val) // (batches.per_epoch * args.batch)), None               # epochs between validations
-    best = read_checkpoint(f"{run.out}/best.pt")["top1"] if args.resume and os.path.exists(f"{run.out}/best.pt") else -1.0
+    judge = Judge(model, val, run, args, batches.per_epoch, encoder=model)
     for step in run.steps(batches.per_epoch):
         for images, labels, _ in batches.at(step):                                          # (b, C, H, W), (b,) a micro-batch
             if args.erasing:
@@ -275,66 +259,16 @@ def classify(args):
             run.backward(loss)
             run.log(loss=loss)
         run.update(optimizer)
-        epoch, rest = divmod(step + 1, batches.per_epoch)
-        if rest == 0 and (epoch % pause == 0 or epoch == args.epochs):
-            run.check()                                                                     # best.pt never holds a NaN
-            found = run.aside(lambda: measure(model, val, run, args))
-            run.note(top1=found[0], top5=found[1])
-            if found[0] > best:
-                best = found[0]
-                run.put("best.pt", encoder=model.state_dict(), top1=best, step=step + 1, args=vars(args))
-    finish(*(found or measure(model, val, run, args)), train.classes, run, args, best_top1=best)
-
-def count(scores, labels):
-    """Scores (b, K), labels (b,) → confusion (K, K), truth in rows and answers in columns, and how often (1,) the truth was among
-    the five highest scores (of all K where there are fewer)."""
-    classes = scores.shape[1]
-    highest = scores.topk(min(5, classes)).indices                                          # (b, 5)
-    confusion = torch.bincount(labels * classes + highest[:, 0], minlength=classes ** 2).view(classes, classes)
-    return confusion, (highest == labels[:, None]).sum().view(1)
-
-@torch.no_grad()
-def measure(model, data, run, args):
-    """→ top-1, top-5, confusion (K, K) over a data set. Each process takes its own pictures, so that none is counted twice."""
-    for part in model.buffers() if run.world > 1 else ():                                   # each process has its own BatchNorm's
-        dist.broadcast(part, 0)
-    model.eval()
-    index = torch.arange(len(data))[data.labels.cpu() >= 0][run.rank::run.world]
-    sums = [torch.zeros(size, dtype=torch.long, device=run.device) for size in ((len(data.classes), len(data.classes)), (1,))]
-    for images, labels, _ in data.stream(((part, 0) for part in index.split(run.micro)), run, args.size):
-        with run.autocast():
-            scores = model(images)
-        for total, part in zip(sums, count(scores, labels)):
-            total += part
-    for total in sums if run.world > 1 else ():
-        dist.all_reduce(total)
-    model.train()
-    return *(part.sum().item() / sums[0].sum().item() for part in (sums[0].diag(), sums[1])), sums[0]
-
-def finish(top1, top5, confusion, classes, run, args, **more):
-    """Says and logs an evaluation's result: a confusion table for up to 20 classes, else the classes most often wrong."""
-    names, seen = [str(name)[:9] for name in classes], confusion.sum(1).tolist()
-    right = [hits / all_ if all_ else None for hits, all_ in zip(confusion.diag().tolist(), seen)]
-    run.say(f"{args.task}: top-1 {top1:.4f}, top-5 {top5:.4f} of {confusion.sum()} pictures" + "".join(
-        f", {name} {value:.4f}" for name, value in more.items()))
-    if len(names) <= 20:
-        run.say("\n".join(f"{name:>10}" + "".join(f"{cell:>10}" for cell in row) for name, row in
-                          [("truth", names), *zip(names, confusion.tolist())]))
-    else:
-        worst = sorted((share, name) for share, name in zip(right, names) if share is not None)[:5]
-        run.say("least often right: " + ", ".join(f"{name} {share:.2f}" for share, name in worst))
-    if not all(seen):
-        run.say("no validation pictures of: " + ", ".join(name for name, count in zip(names, seen) if not count))
-    run.write(step=run.step, task=args.task, top1=top1, top5=top5, **more, class_accuracy=right)
+        judge.after(step)
+    judge.finish()
 
 def nearest(args):
     """--task knn: a vote of the 20 nearest training pictures, by the features of the frozen encoder."""
     run = Run(args)
-    train, val = labelled(run, args)
+    train, val = labelled(run, args, args.labels)
     torch.manual_seed(args.seed)
     encoder = ViT(args.size, args.patch, args.channels, **args.vit)
-    if args.init:
-        run.say(load_encoder(encoder, args.init))
+    run.say(load_encoder(encoder, args.init) if args.init else "no --init: the encoder is random")
     run.keep()                                                                              # no checkpoint, only args.json
     if run.rank == 0:
         bank, labels = features(encoder.to(run.device).eval(), train, run, args)
@@ -399,10 +333,7 @@ def preset(args, kind):
     old = weights_in(args.init)[1]
     chosen |= dict(mean=old.get("mean"), std=old.get("std"), pool=args.eval and old.get("pool") or chosen["pool"])
     if args.task == "reconstruct":
-        state, _ = weights_in(args.init, "decoder", (("decoder_embed.weight", 2),))
-        depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
-        chosen |= dict(decoder_dim=len(state["decoder_embed.weight"]), decoder_depth=depth,
-                       decoder_heads=old.get("decoder_heads", 16),
+        chosen |= dict({f"decoder_{part}": value for part, value in decoder_of(args.init).items()},
                        norm_pixels=old.get("norm_pixels", old.get("norm_pix_loss")))
     return chosen
 

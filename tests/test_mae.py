@@ -403,7 +403,7 @@ def test_processes_measure_every_labelled_picture_once_and_add_up(world, monkeyp
     data = common.Pictures(torch.randint(256, (101, 3, 8, 8), dtype=torch.uint8), labels, "abcdefg")
     model, seen, shares = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(192, 7)), [], []
     watch = model.register_forward_pre_hook(lambda module, given: seen.extend(given[0].flatten(1)))
-    monkeypatch.setattr(mae.dist, "all_reduce", lambda total: shares.append(total.clone()))
+    monkeypatch.setattr(common.dist, "all_reduce", lambda total: shares.append(total.clone()))
     for rank in range(world):
         run = SimpleNamespace(device=torch.device("cpu"), autocast=lambda: torch.autocast("cpu", enabled=False), rank=rank,
                               world=world, micro=8)
