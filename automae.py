@@ -31,15 +31,23 @@ from common import (Batches, Decoder, Problem, Run, ViT, adamw, check_ratio, ent
 # ----------------------------------------------------------------------------------------------------------------- masking
 
 class Prior(nn.Module):
-    """A frozen, pre-trained ViT: images (B, C, H, W) → where its last block's class token looks, (B, H, N), without gradient."""
+    """A frozen, pre-trained ViT: images (B, C, H, W) → where its last block's class token looks, (B, H, N), without gradient;
+    with `every` the maps of all blocks, (B, depth·H, N)."""
 
-    def __init__(self, vit):
+    def __init__(self, vit, every=False):
         super().__init__()
-        self.vit = vit.eval().requires_grad_(False)
+        self.vit, self.every = vit.eval().requires_grad_(False), every
+        self.maps = vit.blocks[0].attn.heads * (len(vit.blocks) if every else 1)
 
     @torch.no_grad()
     def forward(self, images):
-        return self.vit.attention_map(images)
+        if not self.every:
+            return self.vit.attention_map(images)
+        x, maps = self.vit.with_class(self.vit.embed(images)), []
+        for block in self.vit.blocks:
+            maps.append(block.attn.weights(block.norm1(x))[:, :, 0, 1:])
+            x = block(x)
+        return torch.cat(maps, dim=1)
 
 class Generator(nn.Module):
     """Attention (B, H, N) → log-probability of being highlighted for each patch (B, N), by two convolutions."""
@@ -59,9 +67,9 @@ class Discriminator(nn.Module):
     """Distribution over patches (B, N) → scores (B, ·), high where it looks like a box. Two strided convolutions
     for 14×14 patches; on small grids fewer of them are strided, so that at least one score comes out (our choice)."""
 
-    def __init__(self, grid):
+    def __init__(self, grid, matched=False):
         super().__init__()
-        self.grid, layers, sides = grid, [], list(grid)
+        self.grid, layers, sides, self.scale = grid, [], list(grid), grid[0] * grid[1] if matched else 1
         for inputs, outputs in ((1, 16), (16, 32)):
             size, stride = (4, 2) if min(sides) >= 6 else (3, 1)
             layers += [spectral_norm(nn.Conv2d(inputs, outputs, size, stride, padding=1)), nn.LeakyReLU(0.2)]
@@ -70,18 +78,23 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(32, 1, size)))
 
     def forward(self, guide):
-        return self.layers(guide.unflatten(-1, self.grid)[:, None]).flatten(1).float()
+        return self.layers(self.scale * guide.unflatten(-1, self.grid)[:, None]).flatten(1).float()
 
-def boxes(batch, grid, device):
+def boxes(batch, grid, device, matched=False):
     """→ (B, N): distributions that look as wanted. One rectangle a picture, 40 to 160 of 196 patches large, with a
-    height from 4 to all but 4 of 14 rows (scaled with the grid), at a random place; 0.5 in it, plus noise, through a softmax."""
+    height from 4 to all but 4 of 14 rows (scaled with the grid), at a random place; 0.5 in it, plus noise, through a softmax.
+
+    Guides have Gumbel's noise, whose spikes alone give them away, whatever the generator does. `matched` (ours) gives boxes
+    the same noise, stands them out of it by 4 instead of 0.5, and lets them cover half as much, 20 to 80 of 196."""
     area, height, top, left = torch.rand(4, batch, 1, 1, device=device)
-    area, least = grid[0] * grid[1] * (40 + 120 * area) / 196, grid[0] * 4 / 14
+    area, least = grid[0] * grid[1] * (40 + 120 * area) / (392 if matched else 196), grid[0] * 4 / 14
     height = (least + height * (grid[0] - 2 * least)).round().clamp(min=1)
     width = (area / height).ceil().clamp(max=grid[1])
     top, left = (top * (grid[0] - height + 1)).floor(), (left * (grid[1] - width + 1)).floor()
     row, column = torch.arange(grid[0], device=device)[:, None], torch.arange(grid[1], device=device)
     inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)       # (B, h, w)
+    if matched:
+        return F.gumbel_softmax(4.0 * inside.flatten(1), tau=1.0)
     return (0.5 * inside + torch.rand(batch, *grid, device=device)).flatten(1).softmax(-1)
 
 def highlight(guide, n):
@@ -137,14 +150,14 @@ def make_prior(args, data, run):
             run.say(f"first a plain MAE, {first.epochs} epochs, whose attention will guide the masks; kept in {path}")
             first.resume = same(made_by(f"{first.out}/last.pt"))
             first.overwrite = not first.resume
-            return Prior(pretrain(first, data))
+            return Prior(pretrain(first, data), args.attention == "all")
     prior = ViT(**vit_of(path) | dict(size=args.size))
     if prior.channels != args.channels:
         raise Problem(f"the prior is for pictures of {prior.channels} channel(s), these have {args.channels}")
     run.say(f"prior: {load_encoder(prior, path)}")
     if prior.grid != (args.size // args.patch,) * 2:
         raise Problem(f"the prior has patches of {prior.patch} pixels, {prior.grid[0]} in a row; use --patch {prior.patch}")
-    return Prior(prior)
+    return Prior(prior, args.attention == "all")
 
 def propose(masking, generator, attention, masks, noise, grid, n):
     """→ probability (b, N) for the log, and guide (b, N): with `learned` masking a random distribution over the patches, with a
@@ -162,19 +175,22 @@ def propose(masking, generator, attention, masks, noise, grid, n):
     box = (spans[0][:, :, None] * spans[1][:, None]).flatten(1)                             # rows × columns that it spans
     return box / box.sum(1, keepdim=True).clamp(min=1), box                                 # a crop may hold no object
 
-def discriminator_loss(critic, guide, grid):
+def discriminator_loss(critic, guide, grid, matched=False):
     """Least squares: boxes should score 1, guides (b, N) should score 0."""
-    scores = critic(torch.cat([boxes(len(guide), grid, guide.device), guide.detach()]))
+    scores = critic(torch.cat([boxes(len(guide), grid, guide.device, matched), guide.detach()]))
     real, fake = scores.chunk(2)
     return ((real - 1).square().mean() + fake.square().mean()) / 2
 
 def foreground_facts(probability, attention, mask, masks, grid):
     """Probability (b, N), attention (b, H, N) or None, mask (b, N), foreground (b, h, w) → for the log: how much likelier
-    foreground is than background, by the generator and by attention alone, and how much of each is hidden."""
+    foreground is than background, by the generator, by its mean over the batch (objects tend to lie in the middle, which needs no
+    look at a picture) and by attention alone, and how much of each is hidden."""
     there = F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)                           # (b, N) share of foreground
     mean = lambda x, where: (x * where).sum() / where.sum().clamp(min=1e-6)
     facts = {"foreground_ratio": mean(probability, there) / mean(probability, 1 - there),
              "hidden_foreground": mean(mask, there), "hidden_background": mean(mask, 1 - there)}
+    even = probability.mean(0, keepdim=True).expand_as(probability)                         # the same mask for every picture
+    facts["static_ratio"] = mean(even, there) / mean(even, 1 - there)
     if attention is not None:
         facts["attention_ratio"] = mean(attention.mean(1), there) / mean(attention.mean(1), 1 - there)
     return facts
@@ -186,13 +202,16 @@ def pretrain(args, data=None):
     if args.masking == "boxes" and getattr(train, "masks", None) is None:
         raise Problem("--masking boxes needs data that knows where its objects are: scenes")
     args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
-    learned, prior = args.masking == "learned", None
+    learned, matched, prior = args.masking == "learned", args.pseudo_masks == "matched", None
     if args.masking in ("learned", "attention"):
         prior = run.wrap(make_prior(args, (train, val), run))
     encoder, decoder = build(args)
-    generator = Generator(prior.vit.blocks[0].attn.heads, encoder.grid) if learned else None
-    critic = Discriminator(encoder.grid) if learned else None
-    optimizer = adamw(model := AutoMAE(encoder, decoder, args.norm_pixels, generator, args.mask_factor), args.weight_decay)
+    generator = Generator(prior.maps, encoder.grid) if learned else None
+    critic = Discriminator(encoder.grid, matched) if learned else None
+    model = AutoMAE(encoder, decoder, args.norm_pixels, generator, args.mask_factor)
+    optimizer = adamw(nn.ModuleList([encoder, decoder]), args.weight_decay)
+    for group in adamw(generator, args.weight_decay).param_groups if learned else ():       # else it circles round its goal
+        optimizer.add_param_group(group | dict(lr_scale=0.2 if matched else 1.0))
     wrapped, places = run.wrap(model), encoder.grid[0] * encoder.grid[1]                    # device, torch.compile, DDP
     if learned:
         wrapped_critic, critic_optimizer = run.wrap(critic), torch.optim.Adam(critic.parameters(), betas=(0.9, 0.95))
@@ -214,7 +233,7 @@ def pretrain(args, data=None):
             if learned:
                 critic.train(len(ready) == 1)                                               # one power iteration a step
                 with run.autocast():
-                    loss = discriminator_loss(wrapped_critic, guide, encoder.grid)
+                    loss = discriminator_loss(wrapped_critic, guide, encoder.grid, matched)
                 run.backward(loss)
                 run.log(discriminator_loss=loss)
         if learned:
@@ -273,11 +292,11 @@ def draw(model, prior, data, run, args, count=10):
 
 PRESETS = {  # what --data selects, for every option left open; imagenet is the paper's recipe, the others are ours
     "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
-                   prior_epochs=2, epochs=4, batch=32, lr=1.6e-2, warmup=0.4),
+                   pseudo_masks="matched", attention="all", prior_epochs=2, epochs=4, batch=32, lr=1.6e-2, warmup=0.4),
     "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
-                  prior_epochs=3, epochs=50, batch=64, lr=8e-3, warmup=0.5),
+                  pseudo_masks="matched", attention="all", prior_epochs=3, epochs=50, batch=64, lr=8e-3, warmup=0.5),
     "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
-                     epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
+                     pseudo_masks="paper", attention="last", epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
 }
 
 def options():
@@ -289,6 +308,9 @@ def options():
     add["model"]("--norm-pixels", action=argparse.BooleanOptionalAction, help="predict each patch normalised by its own mean and "
                  "contrast (on)")
     add["model"]("--adversarial-weight", type=float, default=0.2, help="of looking like a box, beside reconstruction (0.2)")
+    add["model"]("--pseudo-masks", choices=("paper", "matched"), help="boxes for the discriminator: the paper's, or with "
+                 "the guides' own noise, smaller and clearer, for small pictures and short runs (paper)")
+    add["model"]("--attention", choices=("last", "all"), help="blocks of the prior whose attention the generator sees (last)")
     add["model"]("--two-stage", action="store_true", help="the generator learns from the discriminator alone (off)")
     add["model"]("--prior", help="checkpoint with the pre-trained ViT for the attention (MAE, ViT-B, 800 epochs)")
     add["model"]("--prior-epochs", type=int, help="epochs of the plain MAE that is trained first when there is no --prior")

@@ -592,8 +592,10 @@ def load_decoder(decoder, path):
 
 # --------------------------------------------------------------------------------------------------------------------- run
 
-def shared_options(script, description):
-    """→ a parser with the options that mean the same in all scripts, and a way to add a script's own to each of its groups."""
+def shared_options(script, description, paper=None):
+    """→ a parser with the options that mean the same in all scripts, and a way to add a script's own to each of its groups. Their
+    help names MAE's values, or those of `paper`."""
+    usual = dict(epochs=800, batch=4096, lr=1.5e-4, warmup=40, weight_decay=0.05, crop=0.2) | (paper or {})
     parser = ArgumentParser(script, description=f"{description} What is left out comes from a preset: scenes (no --data), small "
                             "(torchvision's small sets) or imagenet. In brackets: the paper's value, or the default.")
     add = {name: parser.add_argument_group(name).add_argument for name in ("data", "model", "training", "run")}
@@ -601,19 +603,19 @@ def shared_options(script, description):
     add["data"]("--root", default="data", help="folder that torchvision downloads to (data)")
     add["data"]("--limit", type=int, help="only the first so many pictures, for a quick try")
     add["data"]("--size", type=int, help="side of the pictures in pixels (224)")
-    add["data"]("--crop", type=float, help="smallest share of a picture's area that a random crop takes, 1: no crops (0.2)")
+    add["data"]("--crop", type=float, help=f"smallest share of a picture's area that a crop takes, 1: no crops ({usual['crop']})")
     add["data"]("--workers", type=int, help="processes that decode pictures, for each training process (cores, at most 16)")
     add["model"]("--model", choices=VITS, help="size of the encoder (base)")
     add["model"]("--patch", type=int, help="side of a patch in pixels (16; huge 14)")
     add["model"]("--decoder-dim", type=int, help="width of the decoder (512)")
     add["model"]("--decoder-depth", type=int, help="blocks of the decoder (8)")
     add["model"]("--decoder-heads", type=int, help="attention heads of the decoder (16)")
-    add["training"]("--epochs", type=int, help="times that every picture is seen (800)")
-    add["training"]("--batch", type=int, help="pictures a step, over all processes together (4096)")
+    add["training"]("--epochs", type=int, help=f"times that every picture is seen ({usual['epochs']})")
+    add["training"]("--batch", type=int, help=f"pictures a step, over all processes together ({usual['batch']})")
     add["training"]("--micro-batch", type=int, help="pictures a process takes at once; gradients add up (at most 256)")
-    add["training"]("--lr", type=float, help="peak learning rate for a batch of 256; × batch / 256 (1.5e-4)")
-    add["training"]("--warmup", type=float, help="epochs of linear warm-up (40)")
-    add["training"]("--weight-decay", type=float, default=0.05, help="of weight matrices (0.05)")
+    add["training"]("--lr", type=float, help="peak learning rate for a batch of 256; × batch / 256 ({lr:g})".format(**usual))
+    add["training"]("--warmup", type=float, help=f"epochs of linear warm-up ({usual['warmup']})")
+    add["training"]("--weight-decay", type=float, default=0.05, help=f"of weight matrices ({usual['weight_decay']:g})")
     add["training"]("--seed", type=int, default=0, help="decides weights, order, crops and masks (0)")
     add["run"]("--out", help="folder for last.pt, log.jsonl, args.json and pictures (runs/SCRIPT, with --task runs/SCRIPT-TASK)")
     add["run"]("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
@@ -652,7 +654,8 @@ def settings(parser, preset, arguments=None):
                  augmentor_epochs=1, imbalance=1, unlabelled=1, held_out=1, ways=2, queries=1, episodes=2, copies=0)
     if not 0 <= (getattr(args, "randaugment", None) or 0) <= 10:
         refuse(f"--randaugment must lie between 0 and 10, not {args.randaugment}")
-    for path in filter(None, (getattr(args, name, None) for name in ("init", "prior", "augmentor"))):
+    read = [getattr(args, name, None) for name in ("init", "prior", "augmentor")]
+    for path in filter(None, [*read, *getattr(args, "compare", [])]):
         if args.overwrite and os.path.dirname(os.path.realpath(path)) == os.path.realpath(out):
             refuse(f"--overwrite would remove {path}: name another --out")
     shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing", "apply", "threshold", "ema")
@@ -891,7 +894,7 @@ class Run:
         if stop or due or self.step == self.total:
             self.save()
         if stop:
-            self.say(f"stopped and saved at step {self.step} of {self.total}; --resume goes on")
+            self.say(f"stopped and saved at step {self.step} of {self.total}; the same command with --resume goes on")
             if self.world > 1:
                 dist.all_reduce(facts)                                                      # none leaves before all is written
             raise SystemExit(128 + (self.stop or signal.SIGTERM))

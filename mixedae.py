@@ -43,6 +43,8 @@ class HomologousAttention(Attention):
 
     The class token itself sees every key (our choice). Which keys are chosen has no gradient, so that is found without one, and
     the attention among the chosen is the usual fused kernel. With top = None it is plain attention, of the same parameters.
+    So little corrects a head that chooses all its keys from one picture, be it another; and under the usual start, where q·k is
+    as often negative as positive between equal tokens, that is drawn by lot. `build` starts keys as copies of queries (ours).
     `accuracy` (H,) is the share of chosen keys that are of the query's own picture, if every `top` tokens in turn are of one.
     """
 
@@ -151,6 +153,9 @@ def build(args):
     """→ encoder and decoder as the options say, with the weights that --seed gives."""
     torch.manual_seed(args.seed)
     encoder = ViT(args.size, args.patch, args.channels, **args.vit, attention=HomologousAttention)
+    for block in encoder.blocks if args.homologous_attention else ():
+        queries, keys, _ = block.attn.qkv.weight.data.chunk(3)
+        keys.copy_(queries)                                                                 # most similar: most alike
     return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
 
 def pretrain(args):

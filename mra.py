@@ -16,7 +16,7 @@ painted, so the object stays, its background is imagined afresh, and so does the
     torchrun --nproc_per_node=8 mra.py --data /imagenet        the paper's recipe: ResNet-50, the augmentor trained first
 """
 
-import argparse, copy, difflib, math, os
+import argparse, copy, difflib, os
 from argparse import Namespace
 
 import torch
@@ -116,7 +116,7 @@ class MRA(nn.Module):
     def __init__(self, encoder, decoder, strategy="low", mask_ratio=0.4, apply=1.0, whole=False, mean=None, std=None, own=(0, 1)):
         super().__init__()
         self.painter = Autoencoder(encoder, decoder).eval().requires_grad_(False)
-        self.strategy, self.mask_ratio, self.apply_chance, self.whole = STRATEGIES[strategy], mask_ratio, apply, whole
+        self.strategy, self.mask_ratio, self.chance, self.whole = STRATEGIES[strategy], mask_ratio, apply, whole
         own = [torch.as_tensor(numbers, dtype=torch.float32).view(-1, 1, 1) for numbers in own]
         mean, std = (mine if given is None else torch.as_tensor(given, dtype=torch.float32).view(-1, 1, 1)
                      for given, mine in zip((mean, std), own))
@@ -142,19 +142,28 @@ class MRA(nn.Module):
         """images (B, C, H, W) → (B, N): the last block's attention from the class token, mean over the heads."""
         return self.painter.encoder.attention_map(images * self.scale + self.shift).float().mean(1)
 
+    def spread(self, values):
+        """(B, N) → (B, 1, H, W): every patch in its one value."""
+        encoder = self.painter.encoder
+        return unpatchify(values[..., None].expand(-1, -1, encoder.patch ** 2), encoder.patch, encoder.size)
+
+    def paint(self, images, scores, mask_ratio):
+        """images (B, C, H, W), scores (B, N) → what the autoencoder makes of the lowest scores, valid pixels (B, C, H, W), and
+        mask (B, N), 1 where it did not see them."""
+        _, painted, mask = self.painter(images * self.scale + self.shift, scores, mask_ratio)
+        painted = unpatchify(painted.float(), self.painter.encoder.patch, self.painter.encoder.size)
+        return ((painted - self.shift) / self.scale).clamp(self.low, self.high).to(images.dtype), mask
+
     @torch.no_grad()
     def forward(self, images):
         attention = self.attention(images)                                                  # (B, N)
-        _, painted, mask = self.painter(images * self.scale + self.shift, self.strategy(attention), self.mask_ratio)
-        painted, hidden = (unpatchify(x, self.painter.encoder.patch, self.painter.encoder.size) for x in (
-            painted.float(), mask[..., None].expand_as(painted)))                           # (B, C, H, W)
-        painted = ((painted - self.shift) / self.scale).clamp(self.low, self.high)          # valid pixels, as images are
-        changed = torch.rand(len(images), 1, 1, 1, device=images.device) < self.apply_chance
-        return torch.where(changed & (self.whole | hidden.bool()), painted.to(images.dtype), images)
+        painted, mask = self.paint(images, self.strategy(attention), self.mask_ratio)       # (B, C, H, W), (B, N)
+        anew = torch.rand(len(images), 1, device=images.device) < self.chance               # (B, 1) this picture at all?
+        return torch.where(self.spread(anew & (mask.bool() | self.whole)), painted, images)
 
 class Classifier(nn.Module):
     """images (B, C, H, W) → logits (B, K), by one of torchvision's classifiers, or `conv4`: four convolutions, a slim
-    form of few-shot learning's usual net. Features are what its last linear layer gets. Raises Problem for a name that is neither."""
+    form of few-shot learning's usual net. Features are what its last linear layer gets. Raises Problem for any other name."""
 
     def __init__(self, name, classes, channels, size):
         super().__init__()
@@ -166,14 +175,18 @@ class Classifier(nn.Module):
                       for inputs, outputs in ((channels, 32), (32, 32), (32, 64), (64, 64))]
             self.body, self.head = nn.Sequential(*sum(blocks, []), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(64, classes)
         elif name in known:
-            size = {"image_size": size} if name.startswith("vit_") else {}
-            self.body = torchvision.models.get_model(name, weights=None, num_classes=classes, **size)
-            last = [place for place, layer in self.body.named_modules() if isinstance(layer, nn.Linear)][-1]
+            try:
+                how = {"image_size": size} if name.startswith("vit_") else {}
+                self.body = torchvision.models.get_model(name, num_classes=classes, **how)
+                self.body.eval()(torch.zeros(1, 3, size, size))
+            except (AssertionError, RuntimeError) as error:
+                raise Problem(f"--classifier {name} takes no pictures of {size} pixels ({str(error)[:80]}): change one of them")
+            last = [place for place, layer in self.body.train().named_modules() if isinstance(layer, nn.Linear)][-1]
             self.head = self.body.get_submodule(last)
             self.body.set_submodule(last, nn.Identity())
         else:
             near = difflib.get_close_matches(name, ["conv4", *known], 1) or ["conv4, resnet18, resnet50, vit_b_16 …"]
-            raise Problem(f"--classifier {name} is none of torchvision's; did you mean {near[0]}?")
+            raise Problem(f"--classifier {name} is none that can be used here; did you mean {near[0]}?")
 
     def features(self, images):
         return self.body(images.expand(-1, 3, -1, -1) if self.grey else images)             # (B, D)
@@ -212,25 +225,27 @@ def pretrain(args):
 
 def same(path, args, names):
     """Whether there is a checkpoint, and of a run with these options. Raises Problem when it had others."""
-    old = read_checkpoint(path)["args"] if os.path.exists(path) else None
-    if old and (wrong := [name for name in names if old.get(name) != getattr(args, name)]):
+    old = read_checkpoint(path).get("args", {}) if os.path.exists(path) else None
+    if old is not None and (wrong := [name for name in names if old.get(name) != getattr(args, name)]):
         raise Problem(f"{path} was trained with another {', '.join(wrong)}: remove it, or name another --out")
-    return bool(old)
+    return old is not None
+
+def kept(args):
+    """→ the folder of this data's augmentor, beside the other runs, for all of them."""
+    name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
+    return os.path.join(os.path.dirname(args.out), f"mra-augmentor-{name}")
 
 def make_augmentor(args, run):
-    """→ the MRA for this data: --augmentor, or one trained before, or now, on all its pictures and without labels. It is kept
-    beside the other runs, for all of them."""
-    name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
-    folder = os.path.join(os.path.dirname(args.out), f"mra-augmentor-{name}")
-    path = args.augmentor or f"{folder}/augmentor.pt"
+    """→ the MRA for this data: --augmentor, or one trained before, or now, on all its pictures and without labels."""
+    path = args.augmentor or f"{kept(args)}/augmentor.pt"
     if not args.augmentor:
-        light = args.light | dict(out=folder, seed=0, weight_decay=0.05, norm_pixels=False, micro_batch=None)
-        first = Namespace(**vars(args) | light)
+        first = Namespace(**vars(args) | args.light | dict(out=kept(args), seed=0, weight_decay=0.05, norm_pixels=False,
+                                                           micro_batch=None))
         first.epochs = args.augmentor_epochs or first.epochs
         names = ("data", "size", "patch", "vit", "decoder_dim", "decoder_depth", "decoder_heads", "epochs", "batch", "lr")
         if not same(path, first, names):
             run.say(f"first the augmentor, {first.epochs} epochs; kept in {path}")
-            first.resume = same(f"{folder}/last.pt", first, names)
+            first.resume = same(f"{first.out}/last.pt", first, names)
             first.overwrite = not first.resume
             pretrain(first)
     mra = run.first(lambda: MRA.load(path, args.size, strategy=args.mask_strategy, mask_ratio=args.mask_ratio, apply=args.apply,
@@ -258,22 +273,22 @@ def augmentation(args, mra):
     return v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in names else None, augment
 
 def set_up(args, run):
-    """→ what the same task without MRA came to (with --baseline, in OUT/baseline) or None; MRA or None; classifier; optimizer."""
-    names, plain, mra = args.augment.split("+"), None, None
-    if args.baseline and "mra" in names:
-        rest = "+".join(name for name in names if name != "mra") or ("randaugment" if args.task == "semi" else "none")
+    """→ MRA or None; with --baseline what the same task comes to without it, in OUT/baseline, or None; classifier; optimizer."""
+    torch.manual_seed(args.seed)
+    model = Classifier(args.classifier, len(args.classes), args.channels, args.size).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
+    names, plain = args.augment.split("+"), None
+    mra = make_augmentor(args, run) if "mra" in names else None
+    if args.baseline and mra:
+        rest = "+".join(sorted({*names} - {"mra"})) or {"semi": "randaugment"}.get(args.task, "none")
         first = Namespace(**vars(args) | dict(augment=rest, baseline=False, out=f"{args.out}/baseline"))
-        first.resume = same(f"{first.out}/last.pt", first, ("task", "augment", "data", "limit", "labels", "classifier", "seed",
-                                                            "imbalance", "epochs", "batch", "lr", "crop"))
+        free = {"out", "resume", "overwrite", "device", "workers", "compile", "precision", "save_every", "augmentor"}
+        first.resume = not args.overwrite and same(f"{first.out}/last.pt", first, vars(first).keys() - free)
         first.overwrite = not first.resume
         run.say(f"for comparison without MRA, --augment {rest}:")
         plain = TASKS[args.task](first)
-    if "mra" in names:
-        mra = make_augmentor(args, run)
-        run.say(f"now with MRA, --augment {args.augment}:" if plain else f"--augment {args.augment}:")
-    torch.manual_seed(args.seed)
-    model = Classifier(args.classifier, len(args.classes), args.channels, args.size).to(memory_format=torch.channels_last)
-    return plain, mra, model, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    run.say(f"--augment {args.augment}:")
+    return mra, plain, model, optimizer
 
 def conclude(result, plain, mra, data, run, args):
     """Draws what MRA does to pictures, and says what it changed → result."""
@@ -305,7 +320,7 @@ def supervised(args):
     train, val = labelled(run, args, args.labels)
     if args.imbalance > 1:
         train.pick(long_tail(train.labels, args.imbalance, args.seed))
-    plain, mra, model, optimizer = set_up(args, run)
+    mra, plain, model, optimizer = set_up(args, run)
     wrapped = run.wrap(model)
     run.keep(classifier=model, optimizer=optimizer)
     run.introduce(model, train)
@@ -328,7 +343,7 @@ def semi(args):
     train, val = labelled(run, args)
     few = copy.copy(train)
     few.few(args.labels, args.seed)
-    plain, mra, model, optimizer = set_up(args, run)
+    mra, plain, model, optimizer = set_up(args, run)
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True).to(run.device)
     wrapped = run.wrap(model)
     run.keep(classifier=mean.module, mean=mean, model=model, optimizer=optimizer)           # the mean is what is measured
@@ -371,10 +386,12 @@ def fewshot(args):
     train, val = labelled(run, args, args.labels)
     order = torch.randperm(len(train.classes), generator=torch.Generator().manual_seed(args.seed)).tolist()
     held_out = args.held_out or len(order) // 2
+    if len(order) - held_out < 2:
+        raise Problem(f"--held-out {held_out} of {len(order)} classes leaves none to tell apart in training: hold out fewer")
     train, val = of_classes(train, sorted(order[held_out:])), of_classes(val, sorted(order[:held_out]))
     tasks = {shots: episodes(val.labels, args.ways, shots, args.queries, args.episodes, args.seed) for shots in args.shots}
     args.classes = train.classes
-    plain, mra, model, optimizer = set_up(args, run)
+    mra, plain, model, optimizer = set_up(args, run)
     wrapped = run.wrap(model)
     run.keep(classifier=model, optimizer=optimizer)
     run.introduce(model, train)
@@ -408,28 +425,28 @@ class Occluded(nn.Module):
         self.model, self.mra, self.scores, self.share = model, mra, STRATEGIES[strategy], share
 
     def forward(self, images):
-        scores, encoder = self.scores(self.mra.attention(images)), self.mra.painter.encoder
+        scores = self.scores(self.mra.attention(images))                                    # (B, N)
         mask = keep_lowest(scores, scores.shape[1] - round(self.share * scores.shape[1]))[2]        # (B, N)
-        mask = unpatchify(mask[..., None].expand(-1, -1, encoder.patch ** 2), encoder.patch, encoder.size)
-        return self.model(torch.where(mask > 0, 0.0, images))
+        return self.model(torch.where(self.mra.spread(mask) > 0, 0.0, images))
 
 def occlusion(args):
     """--task occlusion: how the classifiers of --compare fall as patches are dropped from the pictures they are tested on."""
     run = Run(args)
     _, val = labelled(run, args)
-    mra, curves = make_augmentor(args, run), {}
-    run.keep()                                                                              # no checkpoint, only args.json
-    for path in args.compare:
-        saved = read_checkpoint(path)
+    there, curves = {path: read_checkpoint(path) for path in args.compare}, {}
+    for path, saved in there.items():
         old = saved.get("args", {})
-        if "classifier" not in saved or any(old[name] != getattr(args, name) for name in ("size", "classes", "channels")):
+        if "classifier" not in saved or any(old.get(name) != getattr(args, name) for name in ("size", "classes", "channels")):
             raise Problem(f"{path} is no classifier of these pictures: name the best.pt of a supervised or semi run on them")
-        model = Classifier(old["classifier"], len(args.classes), args.channels, args.size)
+    mra = make_augmentor(args, run)
+    run.keep()                                                                              # no checkpoint, only args.json
+    for path, saved in there.items():
+        model = Classifier(saved["args"]["classifier"], len(args.classes), args.channels, args.size)
         model.load_state_dict(saved["classifier"])
         for strategy in STRATEGIES:
             torch.manual_seed(args.seed)
             line = [measure(Occluded(model, mra, strategy, tenth / 10).to(run.device), val, run, args)[0] for tenth in range(10)]
-            curves.setdefault(strategy, {})[f"{old['augment']} ({path})"] = line
+            curves.setdefault(strategy, {})[f"{saved['args']['augment']} ({path})"] = line
             run.say(f"{path}, {strategy}, 0 … 90 % dropped: " + " ".join(f"{top1:.3f}" for top1 in line))
     run.write(task=args.task, **curves)
     if run.rank == 0:
@@ -444,27 +461,22 @@ TASKS = {"supervised": supervised, "semi": semi, "fewshot": fewshot, "occlusion"
 def draw(mra, data, run, args, count=10):
     """Writes OUT/augmentation.png: pictures, attention, and what MRA makes of them with each strategy and with several ratios.
     Where the data know their foreground, says and logs how much of it each strategy leaves as it was."""
-    index = torch.linspace(0, len(data) - 1, min(250, len(data))).long()
+    index = torch.linspace(0, len(data) - 1, min(250, len(data))).round().long()
     images, _, masks = next(data.stream([(index, 0)], run, args.size))
     torch.manual_seed(args.seed)
-    encoder, kept = mra.painter.encoder, {}
-    pixels = lambda x: (x[:count] * data.std + data.mean).clamp(0, 255).byte()
-    spread = lambda x: unpatchify(x[..., None].expand(-1, -1, encoder.patch ** 2 * args.channels), encoder.patch, encoder.size)
+    pixels, kept = lambda x: (x[:count] * data.std + data.mean).clamp(0, 255).byte(), {}
     attention = mra.attention(images)                                                       # (B, N)
-    rows = {"original": pixels(images), "attention": (255 * spread(attention / attention.amax(1, keepdim=True)))[:count].byte()}
-    for strategy, scores in STRATEGIES.items():
-        _, prediction, mask = mra.painter(images * mra.scale + mra.shift, scores(attention), args.mask_ratio)
-        painted = (unpatchify(prediction, encoder.patch, encoder.size) - mra.shift) / mra.scale
-        rows[f"{strategy}: {args.mask_ratio:.0%} hidden"] = pixels(images * (1 - spread(mask)))
-        rows[f"{strategy}: reconstruction"] = pixels(painted)
-        rows[f"{strategy}: augmented"] = pixels(torch.where(spread(mask) > 0, painted, images))
-        if masks is not None:
-            there = F.adaptive_avg_pool2d(masks.float(), encoder.grid).flatten(1)           # (B, N) share of foreground
-            kept[strategy] = (((1 - mask) * there).sum() / there.sum()).item()
-    for ratio in (0.2, 0.6, 0.8):
-        _, prediction, mask = mra.painter(images * mra.scale + mra.shift, -attention, ratio)
-        painted = (unpatchify(prediction, encoder.patch, encoder.size) - mra.shift) / mra.scale
-        rows[f"low, {ratio:.0%}: augmented"] = pixels(torch.where(spread(mask) > 0, painted, images))
+    light = mra.spread(attention / attention.amax(1, keepdim=True))[:count].expand(-1, args.channels, -1, -1)
+    rows = {"original": pixels(images), "attention": (255 * light).byte()}
+    for strategy, ratio in (*((name, args.mask_ratio) for name in STRATEGIES), ("low", 0.2), ("low", 0.6), ("low", 0.8)):
+        painted, mask = mra.paint(images, STRATEGIES[strategy](attention), ratio)
+        hidden, title = mra.spread(mask) > 0, f"{strategy} attention, {ratio:.0%}"
+        if ratio == args.mask_ratio:
+            rows |= {f"{title}: hidden": pixels(torch.where(hidden, 0.0, images)), f"{title}: reconstruction": pixels(painted)}
+            if masks is not None:
+                there = F.adaptive_avg_pool2d(masks.float(), mra.painter.encoder.grid).flatten(1)    # (B, N) share of foreground
+                kept[strategy] = (((1 - mask) * there).sum() / there.sum()).item()
+        rows[f"{title}: augmented"] = pixels(torch.where(hidden, painted, images))
     save_sheet(f"{run.out}/augmentation.png", rows)
     run.say(f"pictures: {run.out}/augmentation.png")
     if kept:
@@ -473,23 +485,20 @@ def draw(mra, data, run, args, count=10):
 
 def save_curves(path, panels, side=340, edge=40):
     """Writes a PNG: under each title lines {name: accuracies at 0, 10 … 90 % dropped} (0 … 1), and below a legend."""
-    names = list(next(iter(panels.values())))
+    names, font = list(next(iter(panels.values()))), ImageFont.load_default(13)
     sheet = Image.new("RGB", (len(panels) * side + edge, side + 40 + 20 * len(names)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
-    hue = lambda k: tuple(int(110 + 110 * math.cos(6.283 * (k / len(names) + turn / 3))) for turn in range(3))
+    pen, hue = ImageDraw.Draw(sheet), lambda k: f"hsl({360 * k // len(names)}, 80%, 45%)"
     for p, (title, lines) in enumerate(panels.items()):
-        place = lambda x, y, left=edge + p * side: (left + x / 0.9 * (side - edge), 30 + (1 - y) * (side - 2 * edge))
-        pen.text((place(0, 1)[0], 6), f"{title}: accuracy by share of patches dropped", "black", font)
-        for tick in range(6):
-            pen.line([place(0, tick / 5), place(0.9, tick / 5)], "lightgrey")
-            pen.text((place(0, tick / 5)[0] - 26, place(0, tick / 5)[1] - 8), f"{tick / 5:.1f}", "black", font)
-        for tenth in range(0, 10, 3):
-            pen.text((place(tenth / 10, 0)[0] - 10, place(0, 0)[1] + 6), f"{tenth}0 %", "black", font)
+        at = lambda x, y, left=edge + p * side: (left + x / 0.9 * (side - edge), 30 + (1 - y) * (side - 2 * edge))
+        pen.text((edge + p * side, 6), f"{title}: accuracy, 0 … 90 % of the patches dropped", "black", font)
+        for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+            pen.line([at(0, tick), at(0.9, tick)], "lightgrey")
+            pen.text((at(0, tick)[0] - 26, at(0, tick)[1] - 8), f"{tick}", "black", font)
         for k, line in enumerate(lines.values()):
-            pen.line([place(tenth / 10, y) for tenth, y in enumerate(line)], hue(k), 3)
+            pen.line([at(tenth / 10, y) for tenth, y in enumerate(line)], hue(k), 3)
     for k, name in enumerate(names):
-        pen.line([(edge, side + 30 + 20 * k), (edge + 30, side + 30 + 20 * k)], hue(k), 3)
-        pen.text((edge + 40, side + 22 + 20 * k), name, "black", font)
+        pen.line([(edge, side + 28 + 20 * k), (edge + 30, side + 28 + 20 * k)], hue(k), 3)
+        pen.text((edge + 40, side + 20 + 20 * k), name, "black", font)
     sheet.save(path)
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -504,18 +513,19 @@ PRESETS = {  # what --data selects, for every option left open; `light` is for t
     "imagenet": dict(model="light", size=224, patch=16, decoder_dim=192, decoder_depth=2, decoder_heads=3, classifier="resnet50",
                      epochs=100, batch=256, lr=0.1, warmup=5.0, crop=0.08,
                      light=dict(epochs=200, batch=4096, lr=1.5e-4, warmup=40.0, crop=0.2)),
-    "semi scenes": dict(labels=25, epochs=4, batch=16, lr=0.5, warmup=0.2, ema=0.99, weight_decay=5e-4),
-    "semi small": dict(labels=25, epochs=4, batch=16, lr=0.5, warmup=0.2, ema=0.99, weight_decay=5e-4),
+    "semi": dict(labels=25, epochs=4, batch=16, lr=0.5, warmup=0.2, ema=0.99, weight_decay=5e-4),
     "semi imagenet": dict(labels=100, epochs=300, batch=1024, lr=0.03, ema=0.999, weight_decay=3e-4),
-    "fewshot scenes": dict(labels=None, epochs=4, batch=50, lr=0.2, warmup=0.2),
-    "fewshot small": dict(epochs=4, batch=50, lr=0.2, warmup=0.2),
+    "fewshot": dict(labels=None, epochs=4, batch=50, lr=0.2, warmup=0.2),
+    "fewshot imagenet": dict(),
 }
 
 def preset(args, kind):
-    return dict(mean=None, weight_decay=1e-4, ema=0.999, baseline=False) | PRESETS[kind] | PRESETS.get(f"{args.task} {kind}", {})
+    return dict(mean=None, weight_decay=1e-4, ema=0.999, baseline=False) | PRESETS[kind] | PRESETS.get(
+        f"{args.task} {kind}", PRESETS.get(args.task, {}))
 
 def options():
-    parser, add = shared_options("mra.py", "Trains a classifier on pictures that a masked autoencoder augments.")
+    parser, add = shared_options("mra.py", "Trains a classifier on pictures that a masked autoencoder augments.", dict(
+        epochs=100, batch=256, lr=0.1, warmup=5, weight_decay=1e-4, crop=0.08))
     parser.set_defaults(weight_decay=None)
     switch = argparse.BooleanOptionalAction
     add["model"]("--mask-ratio", type=float, default=0.4, help="share of the patches that is painted anew (0.4, after the paper)")
@@ -550,14 +560,17 @@ def main(arguments=None):
     for name in args.augment.split("+"):
         if name not in AUGMENTS or name == "none" and args.augment != "none":
             near = difflib.get_close_matches(name, AUGMENTS, 1)
-            raise Problem(f"--augment {args.augment}: {name or 'nothing'} is not among {', '.join(AUGMENTS)}" + (
-                f"; did you mean {near[0]}?" if near and near[0] != name else ", none goes alone, the others are joined by +"))
+            raise Problem(f"--augment {args.augment}: " + (f"did you mean {near[0]}?" if near and name != "none" else
+                          f"none, or some of {', '.join(AUGMENTS[1:])} joined by +"))
     if args.task == "semi" and {"cutmix", "mixup"} & {*args.augment.split("+")}:
         raise Problem("--task semi compares two views of one picture: no cutmix or mixup there")
     if args.task == "occlusion" and not args.compare:
         raise Problem("--task occlusion needs --compare, the best.pt of one classifier or several")
-    if args.resume and not os.path.exists(f"{args.out}/last.pt") and os.path.exists(f"{args.out}/baseline/last.pt"):
-        args.resume = False                                                                 # stopped while that was trained
+    if args.resume and not os.path.exists(f"{args.out}/last.pt") and (
+            os.path.exists(f"{args.out}/baseline/last.pt") or os.path.exists(f"{kept(args)}/last.pt")):
+        args.resume = False                                                                 # stopped while these were trained
+    if args.task == "semi" and not args.labels:
+        raise Problem("--task semi learns from a few labels: give --labels, of each class")
     TASKS[args.task](args)
 
 if __name__ == "__main__":

@@ -314,6 +314,27 @@ def test_boxes_take_as_many_calls_for_a_batch_as_for_one():
         counts.append(calls.count)
     assert counts[0] == counts[1] > 10
 
+def test_matched_boxes_carry_the_guides_own_noise_and_are_half_as_large():
+    torch.manual_seed(0)
+    draws, grid = 4000, (14, 14)
+    found = automae.boxes(draws, grid, torch.device("cpu"), matched=True)
+    torch.testing.assert_close(found.sum(1), torch.ones(draws), rtol=0, atol=1e-5)
+    spread = automae.boxes(draws, grid, torch.device("cpu")).log().std(1)
+    assert (found.log().std(1) > 1.2).all() and (spread < 0.5).all()                     # Gumbel's deviation is 1.28
+    lit = torch.stack([picture.topk(20).indices for picture in found])                   # nearly all in the box: 4 is clear
+    boxes = [(places.div(14, rounding_mode="floor").float().std() + (places % 14).float().std()).item() for places in lit]
+    anywhere = (torch.arange(14).float().std() * 2).item()
+    assert sum(boxes) / draws < 0.75 * anywhere                                          # together, not all over the grid
+    # Means of exp(logit) inside and outside differ by exp(4): so does the most likely share of the box's places.
+    share = (found > found.median(1, keepdim=True).values * 8).float().mean(1) * 196     # some of the 20 to 80 places
+    assert 15 < share.mean() < 60
+
+@pytest.mark.parametrize("matched, scale", [(False, 1), (True, 16)])
+def test_matched_the_discriminator_sees_ones_on_average(matched, scale):
+    torch.manual_seed(0)
+    critic, guide = automae.Discriminator((4, 4), matched).eval(), distributions(6, 16)
+    torch.testing.assert_close(critic(guide), critic.layers((scale * guide).view(6, 1, 4, 4)).flatten(1), rtol=0, atol=0)
+
 # ----------------------------------------------------------------------------------------------------------- discriminator
 
 def convolutions(critic):
@@ -439,6 +460,17 @@ def test_the_prior_is_a_vits_attention_without_gradient():
     assert torch.equal(found, vit.attention_map(images).detach()) and torch.equal(found, frozen(images))
     assert (found > 0).all() and (found.sum(-1) < 1).all()                               # the class token keeps the rest
 
+def test_every_blocks_attention_is_that_of_a_vit_cut_off_after_it():
+    vit = shake(common.ViT((16, 24), 4, 3, dim=16, depth=3, heads=2), 0.3)
+    frozen, images = automae.Prior(vit, every=True), pictures(4, (4, 6))
+    found = frozen(images)
+    assert found.shape == (4, frozen.maps, 24) == (4, 6, 24) and not found.requires_grad
+    for k in range(3):
+        shorter = common.ViT((16, 24), 4, 3, dim=16, depth=k + 1, heads=2)
+        shorter.load_state_dict({name: value for name, value in vit.state_dict().items() if name in shorter.state_dict()})
+        torch.testing.assert_close(found[:, 2 * k:2 * k + 2], shorter.attention_map(images), rtol=0, atol=1e-6)
+    assert automae.Prior(vit).maps == 2
+
 # ----------------------------------------------------------------------------------------------------------------- propose
 
 def objects(count, size=(32, 48)):
@@ -513,9 +545,11 @@ def test_foreground_facts_equal_a_loop_over_patches():
                 sums["probability", side] += share * probability[b, place].item()
                 sums["hidden", side] += share * mask[b, place].item()
                 sums["attention", side] += share * attention[b, :, place].mean().item()
+                sums["static", side] += share * probability[:, place].mean().item()      # one mask for all
     mean = lambda what, side: sums[what, side] / sums[side]
     wanted = {"foreground_ratio": mean("probability", "foreground") / mean("probability", "background"),
               "attention_ratio": mean("attention", "foreground") / mean("attention", "background"),
+              "static_ratio": mean("static", "foreground") / mean("static", "background"),
               "hidden_foreground": mean("hidden", "foreground"), "hidden_background": mean("hidden", "background")}
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -647,7 +681,7 @@ def test_a_checkpoint_is_plain_tensors_and_its_encoder_a_plain_vit(uninterrupted
     encoder = common.ViT(32, 8, 3, **NANO)
     encoder.load_state_dict(checkpoint["encoder"])                                       # strict
     common.Decoder(encoder, 32, 1, 4).load_state_dict(checkpoint["decoder"])
-    automae.Generator(4, (4, 4)).load_state_dict(checkpoint["generator"])
+    automae.Generator(16, (4, 4)).load_state_dict(checkpoint["generator"])               # four heads in four blocks
     critic = automae.Discriminator((4, 4))
     critic.load_state_dict(checkpoint["discriminator"])
     learned = sum(not name.endswith("pos_embed") for part in ("encoder", "decoder", "generator") for name in checkpoint[part])
@@ -655,7 +689,8 @@ def test_a_checkpoint_is_plain_tensors_and_its_encoder_a_plain_vit(uninterrupted
     assert len(checkpoint["discriminator_optimizer"]["state"]) == len(list(critic.parameters()))
     for name in ("optimizer", "discriminator_optimizer"):
         groups = checkpoint[name]["param_groups"]
-        assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups) and len({group["lr"] for group in groups}) == 1
+        assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups)
+        assert {round(group["lr"] / groups[0]["lr"], 6) for group in groups} == ({1.0, 0.2} if name == "optimizer" else {1.0})
     assert checkpoint["optimizer"]["param_groups"][0]["lr"] == checkpoint["discriminator_optimizer"]["param_groups"][0]["lr"]
 
 @pytest.mark.parametrize("task", ["knn", "reconstruct"])
@@ -673,6 +708,7 @@ FLAGS = {  # flags: what the log and the checkpoint have beyond the usual, the r
     "--two-stage": (GUIDED | ADVERSARIAL, LEARNED, 5, dict(mask_factor=0.5)),
     "--mask-factor 1": (GUIDED | ADVERSARIAL, LEARNED, 5, dict(mask_factor=1.0)),
     "--adversarial-weight 0.1": (GUIDED | ADVERSARIAL, LEARNED, 5, dict(mask_factor=0.5)),
+    "--pseudo-masks paper --attention last": (GUIDED | ADVERSARIAL, LEARNED, 5, dict(mask_factor=0.5)),
     "--norm-pixels --mask-ratio 0.5": (GUIDED | ADVERSARIAL, LEARNED, 5, dict(norm_pixels=True)),
     "--precision bf16": (GUIDED | ADVERSARIAL, LEARNED, 5, dict(mask_factor=0.5)),
     "--masking boxes --crop 0.1": (set(), set(), 3, dict(generator=None)),
@@ -813,6 +849,8 @@ def test_two_processes_that_add_up_two_train_what_one_does_that_adds_up_four(uni
     for part in ("encoder", "decoder", "generator", "discriminator"):
         for name, value in tensors(one[part]).items():
             difference = (two[part][name[1:]] - value).abs()
+            if part == "generator" and name == "/layers.2.bias":                         # no softmax feels it: rounding alone
+                continue
             if name.endswith("qkv.bias"):                                                # keys: their gradient is rounding alone
                 difference = torch.cat([difference.chunk(3)[0], difference.chunk(3)[2]])
             assert difference.max() < 1e-5, (part, name)                                 # sums in another order, in float32
@@ -874,11 +912,12 @@ def test_resuming_another_model_is_refused_and_loses_nothing(flags, prior, tmp_p
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 @pytest.mark.parametrize("words, wanted", [
-    ("", dict(model="nano", size=64, patch=8, norm_pixels=False, prior_epochs=2, prior=None)),
+    ("", dict(model="nano", size=64, patch=8, norm_pixels=False, prior_epochs=2, prior=None, pseudo_masks="matched",
+              attention="all")),
     ("--data fashion-mnist", dict(model="nano", size=28, patch=4, prior_epochs=3)),
     ("--data /pictures", dict(model="base", size=224, patch=16, norm_pixels=True, epochs=800, batch=4096, lr=1.5e-4, warmup=40.0,
                               crop=0.2, weight_decay=0.05, decoder_dim=512, decoder_depth=8, decoder_heads=16,
-                              prior_epochs=None))])
+                              prior_epochs=None, pseudo_masks="paper", attention="last"))])
 def test_the_data_chooses_the_recipe_and_the_paper_is_the_default(words, wanted, monkeypatch):
     seen = []
     monkeypatch.setattr(automae, "pretrain", seen.append)

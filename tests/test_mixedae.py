@@ -6,6 +6,7 @@ import math
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -747,12 +748,27 @@ def test_every_option_of_the_design_is_there_and_help_is_grouped(cli):
 
 # ------------------------------------------------------------------------------------------------------- what the issue asks
 
+@pytest.mark.parametrize("homologous", [True, False])
+def test_keys_start_as_copies_of_queries_if_they_are_chosen_by_likeness(homologous, monkeypatch):
+    found = []
+    monkeypatch.setattr(mixedae, "pretrain", lambda args: found.append(vars(args) | dict(channels=3)))
+    mixedae.main(SMALL + ["--no-homologous-attention"] * (not homologous))
+    args = SimpleNamespace(**found[0])
+    encoder, _ = mixedae.build(args)
+    plain, _ = mae.build(args)                                                           # everything else is as MAE's
+    for name, value in plain.state_dict().items():
+        if name.endswith("qkv.weight") and homologous:
+            queries, keys, values = encoder.state_dict()[name].chunk(3)
+            assert torch.equal(queries, keys)
+            assert torch.equal(queries, value.chunk(3)[0]) and torch.equal(values, value.chunk(3)[2])
+        else:
+            assert torch.equal(encoder.state_dict()[name], value), name
+
 @pytest.mark.slow
 def test_on_scenes_the_best_block_finds_its_own_pictures_patches_and_less_so_without_segments(tmp_path):
     best = {}
     for name, flags in (("whole", []), ("without segments", ["--no-segments"])):
         mixedae.main(["--out", str(tmp_path / name), *flags])
         best[name] = [max(line["topk_accuracy"]) for line in epochs_of(Path(tmp_path, name))]
-    assert best["whole"][-1] > 0.6                                                       # chance: 0.25
-    assert best["whole"][-1] > best["whole"][0]
+    assert best["whole"][-1] > 0.8                                                       # chance: 0.25; at the start 0.63
     assert best["without segments"][-1] < best["whole"][-1] - 0.1
