@@ -44,9 +44,9 @@ class Prior(nn.Module):
         if not self.every:
             return self.vit.attention_map(images)
         x, maps = self.vit.with_class(self.vit.embed(images)), []
-        for block in self.vit.blocks:
-            maps.append(block.attn.weights(block.norm1(x))[:, :, 0, 1:])
-            x = block(x)
+        for k, block in enumerate(self.vit.blocks):
+            x = self.vit.blocks[k - 1](x) if k else x                                       # (B, 1+N, D) the last is not needed
+            maps.append(block.attn.weights(block.norm1(x), 1)[:, :, 0, 1:])
         return torch.cat(maps, dim=1)
 
 class Generator(nn.Module):

@@ -104,10 +104,11 @@ class Attention(nn.Module):
     def forward(self, x):
         return self.proj(F.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2))
 
-    def weights(self, x):
-        """(B, T, D) → (B, H, T, T): who looks where, for those who want to see it. Each row sums to 1."""
+    def weights(self, x, first=None):
+        """(B, T, D) → (B, H, T, T): who looks where, for those who want to see it, or only where the `first` so many look. Each
+        row sums to 1."""
         q, k, _ = self.split(x)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return (q[:, :, :first] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
 
 class Block(nn.Module):
     """Pre-norm transformer block (B, T, D) → (B, T, D). While training, each of its two branches is left out for a whole picture
@@ -177,7 +178,7 @@ class ViT(nn.Module):
     def attention_map(self, images):
         """(B, C, H, W) → (B, H, N): the last block's attention from the class token to the patches."""
         x = self.blocks[:-1](self.with_class(self.embed(images)))
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x))[:, :, 0, 1:]
+        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), 1)[:, :, 0, 1:]
 
 class Decoder(nn.Module):
     """MAE's light decoder, with the released names; grid, patch, channels and input width come from the encoder (section 3).

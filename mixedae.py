@@ -74,11 +74,11 @@ class HomologousAttention(Attention):
         self.accuracy = (chosen // self.top == own).float().mean((0, 2, 3))                 # (H,)
         return self.proj(F.scaled_dot_product_attention(q, k, v, self.seen(chosen)).transpose(1, 2).flatten(2))
 
-    def weights(self, x):
+    def weights(self, x, first=None):
         """(B, 1+N, D) → (B, H, 1+N, 1+N): who looks where, with zeros where a query does not see a key."""
         q, k, _ = self.split(x)
         hidden = ~self.seen(self.choose(q, k)) if self.top else torch.zeros((), dtype=torch.bool, device=x.device)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1)[:, :, :first]
 
 def contrastive_loss(tokens, n, temperature=0.25):
     """tokens (G, N, D), every n in turn of one picture → (): for each token, the cross-entropy of finding the others of its
