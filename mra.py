@@ -306,7 +306,7 @@ def learn(wrapped, optimizer, train, mra, run, args, judge=None):
     for step in run.steps(batches.per_epoch):
         for images, labels, _ in batches.at(step):                                          # (b, C, H, W), (b,) a micro-batch
             with run.autocast():
-                images, labels = augment(images, labels)                                    # as the paper has it, labels stay
+                images, labels = augment(images, labels)                                    # MRA leaves labels as they are
                 loss = F.cross_entropy(wrapped(images), labels)
             run.backward(loss)
             run.log(loss=loss)
@@ -464,24 +464,24 @@ def draw(mra, data, run, args, count=10):
     index = torch.linspace(0, len(data) - 1, min(250, len(data))).round().long()
     images, _, masks = next(data.stream([(index, 0)], run, args.size))
     torch.manual_seed(args.seed)
-    pixels, kept = lambda x: (x[:count] * data.std + data.mean).clamp(0, 255).byte(), {}
+    pixels, stays = lambda x: (x[:count] * data.std + data.mean).clamp(0, 255).byte(), {}
     attention = mra.attention(images)                                                       # (B, N)
     light = mra.spread(attention / attention.amax(1, keepdim=True))[:count].expand(-1, args.channels, -1, -1)
     rows = {"original": pixels(images), "attention": (255 * light).byte()}
     for strategy, ratio in (*((name, args.mask_ratio) for name in STRATEGIES), ("low", 0.2), ("low", 0.6), ("low", 0.8)):
         painted, mask = mra.paint(images, STRATEGIES[strategy](attention), ratio)
-        hidden, title = mra.spread(mask) > 0, f"{strategy} attention, {ratio:.0%}"
+        hidden, title = mra.spread(mask) > 0, f"{strategy}{' attention' * (strategy != 'random')}, {ratio:.0%}"
         if ratio == args.mask_ratio:
             rows |= {f"{title}: hidden": pixels(torch.where(hidden, 0.0, images)), f"{title}: reconstruction": pixels(painted)}
             if masks is not None:
                 there = F.adaptive_avg_pool2d(masks.float(), mra.painter.encoder.grid).flatten(1)    # (B, N) share of foreground
-                kept[strategy] = (((1 - mask) * there).sum() / there.sum()).item()
+                stays[strategy] = (((1 - mask) * there).sum() / there.sum()).item()
         rows[f"{title}: augmented"] = pixels(torch.where(hidden, painted, images))
     save_sheet(f"{run.out}/augmentation.png", rows)
     run.say(f"pictures: {run.out}/augmentation.png")
-    if kept:
-        run.say("foreground left as it was: " + ", ".join(f"{name} {share:.2f}" for name, share in kept.items()))
-        run.write(task=args.task, foreground_kept=kept)
+    if stays:
+        run.say("foreground left as it was: " + ", ".join(f"{name} {share:.2f}" for name, share in stays.items()))
+        run.write(task=args.task, foreground_kept=stays)
 
 def save_curves(path, panels, side=340, edge=40):
     """Writes a PNG: under each title lines {name: accuracies at 0, 10 … 90 % dropped} (0 … 1), and below a legend."""
@@ -531,7 +531,8 @@ def options():
     add["model"]("--mask-ratio", type=float, default=0.4, help="share of the patches that is painted anew (0.4, after the paper)")
     add["model"]("--mask-strategy", choices=STRATEGIES, default="low", help="which: those of low or high attention, or any (low)")
     add["model"]("--apply", type=float, default=1.0, help="probability that a picture is augmented (1, our choice)")
-    add["model"]("--whole", action=switch, default=False, help="kept patches too come from the autoencoder (off, our choice)")
+    add["model"]("--whole", action=switch, default=False,
+                 help="kept patches too come from the decoder, which never learned them (off)")
     add["model"]("--augmentor", help="checkpoint of the masked autoencoder; left out: one is trained for this data, and kept")
     add["model"]("--augmentor-epochs", type=int, help="epochs of its training (3 on scenes)")
 
