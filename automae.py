@@ -292,7 +292,7 @@ def draw(model, prior, data, run, args, count=10):
 
 PRESETS = {  # what --data selects, for every option left open; imagenet is the paper's recipe, the others are ours
     "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
-                   pseudo_masks="matched", attention="all", prior_epochs=2, epochs=4, batch=32, lr=1.6e-2, warmup=0.4),
+                   pseudo_masks="matched", attention="all", prior_epochs=2, epochs=2, batch=32, lr=1.6e-2, warmup=0.4),
     "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
                   pseudo_masks="matched", attention="all", prior_epochs=3, epochs=50, batch=64, lr=8e-3, warmup=0.5),
     "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
