@@ -565,6 +565,8 @@ def main(arguments=None):
                           f"none, or some of {', '.join(AUGMENTS[1:])} joined by +"))
     if args.task == "semi" and {"cutmix", "mixup"} & {*args.augment.split("+")}:
         raise Problem("--task semi compares two views of one picture: no cutmix or mixup there")
+    if args.task == "fewshot" and min(args.shots) < 1:
+        raise Problem(f"--shots {min(args.shots)}: an episode needs a labelled picture of each class")
     if args.task == "occlusion" and not args.compare:
         raise Problem("--task occlusion needs --compare, the best.pt of one classifier or several")
     if args.resume and not os.path.exists(f"{args.out}/last.pt") and (

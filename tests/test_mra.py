@@ -931,6 +931,7 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "none and another": ("--augment none+mra", "none\\+mra: none, or some of"),
     "no augmentation": ("--augment=", "--augment : none, or some of"),
     "an augmentation of nothing": ("--augment mra+", "--augment mra\\+"),
+    "fewshot without a shot": ("--task fewshot --shots 0 5", "--shots 0"),
     "semi with cutmix": ("--task semi --augment mra+cutmix", "semi.*cutmix"),
     "semi with mixup": ("--task semi --augment mixup", "semi.*mixup"),
     "semi with too few pictures": ("--task semi --labels 30", "not 30 pictures of each class: disc 16"),
