@@ -16,7 +16,7 @@ often, never surely. The encoder and decoder are MAE's, and only they remain in 
     python mae.py --task probe --init runs/automae/last.pt  what the encoder is worth: it is a plain ViT
 """
 
-import argparse, os
+import argparse
 from argparse import Namespace
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from common import (Batches, Decoder, Problem, Run, ViT, adamw, check_ratio, entry, fit, keep_lowest, load_encoder, open_data,
-                    patchify, pixel_loss, read_checkpoint, save_sheet, settings, shared_options, take, unpatchify,
+                    patchify, pixel_loss, save_sheet, settings, shared_options, take, unpatchify,
                     vit_of, with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
@@ -136,21 +136,20 @@ def build(args):
 
 def make_prior(args, data, run):
     """→ the frozen ViT whose attention guides the masks: --prior, or on small data a plain MAE's, trained first and kept."""
-    path = args.prior or f"{args.out}/prior/prior.pt"
+    path = args.prior
     if not args.prior:
         if args.prior_epochs is None:
             raise Problem(f"--masking {args.masking} needs --prior, a pre-trained ViT, for its attention. To make one: "
                           f"python mae.py --data {args.data} --patch {args.patch}; then --prior runs/mae/last.pt")
         first = Namespace(**vars(args) | dict(masking="random", epochs=args.prior_epochs, out=f"{args.out}/prior"))
-        made_by = lambda file: read_checkpoint(file)["args"] if os.path.exists(file) else {}
-        same = lambda old: all(name in old and old[name] == getattr(first, name) for name in (
-            "data", "size", "patch", "vit", "limit", "seed", "epochs", "batch", "lr", "decoder_dim", "decoder_depth",
-            "norm_pixels"))
-        if not same(made_by(path)):
-            run.say(f"first a plain MAE, {first.epochs} epochs, whose attention will guide the masks; kept in {path}")
-            first.resume = same(made_by(f"{first.out}/last.pt"))
-            first.overwrite = not first.resume
-            return Prior(pretrain(first, data), args.attention == "all")
+
+        def make(first):
+            run.say(f"first a plain MAE, {first.epochs} epochs, whose attention guides the masks; kept in {first.out}/prior.pt")
+            pretrain(first, data)
+
+        path = run.after(first, "prior.pt", (
+            "data", "size", "patch", "vit", "limit", "seed", "epochs", "batch", "lr", "warmup", "weight_decay", "crop",
+            "mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads", "norm_pixels"), make)
     prior = ViT(**vit_of(path) | dict(size=args.size))
     if prior.channels != args.channels:
         raise Problem(f"the prior is for pictures of {prior.channels} channel(s), these have {args.channels}")
@@ -274,7 +273,7 @@ def draw(model, prior, data, run, args, count=10):
         rows["attention of the prior"] = shown(attention.mean(1))
     if model.generator:
         rows["probability by the generator"] = shown(probability)
-        if (probability.std(0) * noise.shape[1]).mean() < 0.01:
+        if (probability.std(0, correction=0) * noise.shape[1]).mean() < 0.01:
             run.say("the generator gives every picture the same mask: try another --lr, --adversarial-weight or a longer prior")
     highlighted = highlight(guide, n) if model.generator else guide
     _, prediction, mask = model.forward(images, highlighted, noise, args.mask_ratio)
@@ -319,8 +318,6 @@ def options():
 def main(arguments=None):
     args = fit(settings(options(), lambda args, kind: PRESETS[kind], arguments))
     check_ratio(args)
-    if args.resume and not os.path.exists(f"{args.out}/last.pt") and os.path.exists(f"{args.out}/prior/last.pt"):
-        args.resume = False                                                                 # stopped while the prior was trained
     pretrain(args)
 
 if __name__ == "__main__":

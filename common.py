@@ -280,7 +280,7 @@ class Pictures:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         each = [order[self.labels[order] == k][:count] for k in range(len(self.classes))]
         if short := [f"{name} {len(found)}" for name, found in zip(self.classes, each) if len(found) < count]:
-            raise Problem(f"there are not {count} pictures of each class: {', '.join(short[:5])}")
+            raise Problem(f"there are not --labels {count} pictures of each class: {', '.join(short[:5])}")
         self.pick(torch.cat(each))
 
     def normalise(self, images):
@@ -636,14 +636,20 @@ def settings(parser, preset, arguments=None):
     parser.error = refuse
     args = parser.parse_args(arguments)
     task, usual, script = getattr(args, "task", ""), parser.get_default("task") or "", os.path.splitext(parser.prog)[0]
-    out = args.out or f"runs/{script}" + f"-{task}" * (task != usual) + "-eval" * getattr(args, "eval", False)
+    out = os.path.normpath(args.out or f"runs/{script}" + f"-{task}" * (task != usual) + "-eval" * getattr(args, "eval", False))
     if args.resume and args.overwrite:
         refuse("--resume goes on with a run and --overwrite drops it: give one of them")
-    old = read_checkpoint(f"{out}/last.pt").get("args", {}) if args.resume and os.path.exists(f"{out}/last.pt") else {}
+    old = {}
+    if args.resume and os.path.exists(f"{out}/last.pt"):
+        old = read_checkpoint(f"{out}/last.pt").get("args", {})
+    elif args.resume and os.path.exists(f"{out}/args.json"):                                # stopped before its first checkpoint
+        with open(f"{out}/args.json") as file:
+            old = json.load(file)
     if old:
         parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
         args = parser.parse_args(arguments)
-        for name in ("task", "init", "data", "limit", "labels", "size", "batch", "seed", "weight_decay", "layer_decay"):
+        for name in ("task", "init", "data", "limit", "labels", "size", "batch", "seed", "weight_decay", "layer_decay",
+                     "imbalance", "unlabelled", "held_out"):
             if name in old and getattr(args, name) != old[name]:
                 refuse(f"the run to resume has --{name} {old[name]}, not {getattr(args, name)}: leave it out")
     kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
@@ -744,10 +750,11 @@ class Run:
         self.data = None
         if self.rank == 0:
             self.claim()
+        args.resume = args.resume and os.path.exists(f"{self.out}/last.pt")                 # else from the start, as it was meant
 
     def claim(self):
         there = [name for name in ("last.pt", "best.pt", "log.jsonl", "args.json") if os.path.exists(f"{self.out}/{name}")]
-        if self.args.resume and "last.pt" not in there:
+        if self.args.resume and "last.pt" not in there and there != ["args.json"]:
             raise Problem(f"nothing to resume: there is no {self.out}/last.pt")
         if there and not (self.args.resume or self.args.overwrite):
             raise Problem(f"{self.out} holds a run: " + "go on with --resume, " * ("last.pt" in there)
@@ -828,11 +835,40 @@ class Run:
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise Problem(f"{self.out}/last.pt does not fit this model: {' '.join(str(error).split())[:180]}")
             self.sums = {name: value.to(self.device) for name, value in sums.items()}
+        self.begin()
+
+    def begin(self):
+        """From here on the folder is this run's: writes args.json and, without --resume, removes what an older run left."""
         for name in ("last.pt", "best.pt", "log.jsonl") if self.rank == 0 and not self.args.resume else ():
             if os.path.exists(f"{self.out}/{name}"):
                 os.remove(f"{self.out}/{name}")
         if self.rank == 0:
             write_whole(f"{self.out}/args.json", lambda file: file.write(json.dumps(vars(self.args), indent=1).encode()))
+
+    def after(self, first, result, names, make):
+        """Sees to it that another run, with the options `first`, has left the file `result` in its folder: make(first) starts it,
+        or goes on with it. → the file's path. Raises Problem when what is there was made with others of these options (`names`),
+        unless --overwrite drops the folder with this run's own; a run that is resumed takes what there is."""
+        first.resume = False
+        for path in (f"{first.out}/{result}", f"{first.out}/last.pt"):
+            if os.path.exists(path):
+                old = read_checkpoint(path).get("args", {})
+                wrong = [name for name in names if old.get(name) != getattr(first, name)]
+                if wrong and not (self.args.resume or self.args.overwrite and first.out.startswith(f"{self.out}{os.sep}")):
+                    raise Problem(f"{first.out} holds a run with another {', '.join(wrong)}: remove it, or name another --out")
+                if not wrong or self.args.resume:
+                    if path.endswith(result):
+                        return path
+                    first.resume = True
+                    break
+        first.overwrite = not first.resume
+        self.begin()
+        if self.world > 1:
+            dist.barrier()                                                                  # all have seen what there is
+        make(first)
+        if self.world > 1:
+            dist.barrier()                                                                  # it is written
+        return f"{first.out}/{result}"
 
     def steps(self, per_epoch):
         """Yields the steps still to do. Between them: log, progress line, checkpoints. SIGTERM and Ctrl-C save, then stop."""
@@ -951,7 +987,7 @@ def entry(main):
     except (Problem, OSError) as error:
         message = error
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: lower --micro-batch, which leaves the result as it is"
+        message = "the GPU's memory is full: lower --micro-batch, which leaves the result as it is (but for BatchNorm)"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except SystemExit as stop:
@@ -972,14 +1008,15 @@ def entry(main):
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
 
-def labelled(run, args, few=None):
-    """→ training and validation set, each with labels; of the first only `few` pictures of each class, if that is given. Raises
-    Problem when there are no two classes to tell apart."""
+def labelled(run, args, few=None, all_=False):
+    """→ training and validation set, each with labels; of the first only `few` pictures of each class, if that is given, or with
+    `all_` also those without a label. Raises Problem when there are no two classes to tell apart."""
     train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
     if val is None or len(set(train.labels.tolist()) - {-1}) < 2:
         raise Problem(f"--task {args.task} needs labelled pictures of two classes or more: train/CLASS/… and val/CLASS/… in a "
                       f"folder, or a torchvision name" + f"; --limit {args.limit} leaves these only" * bool(args.limit))
-    train.pick((train.labels >= 0).nonzero()[:, 0])
+    if not all_:
+        train.pick((train.labels >= 0).nonzero()[:, 0])
     if few:
         train.few(few, args.seed)
     for data in (train, val) if args.mean else ():                                          # of what the encoder was trained on

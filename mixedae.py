@@ -43,8 +43,8 @@ class HomologousAttention(Attention):
 
     The class token itself sees every key (our choice). Which keys are chosen has no gradient, so that is found without one, and
     the attention among the chosen is the usual fused kernel. With top = None it is plain attention, of the same parameters.
-    So little corrects a head that chooses all its keys from one picture, be it another; and under the usual start, where q·k is
-    as often negative as positive between equal tokens, that is drawn by lot. `build` starts keys as copies of queries (ours).
+    So a head may settle on the keys of one wrong picture, and the loss hardly pulls it back. Under the usual start, where q·k of
+    two equal tokens is as often negative as positive, that is a lottery; `build` starts keys as copies of queries (our choice).
     `accuracy` (H,) is the share of chosen keys that are of the query's own picture, if every `top` tokens in turn are of one.
     """
 
@@ -109,10 +109,13 @@ class MixedAE(nn.Module):
         self.homologous, self.contrastive = homologous, contrastive
         self.places, self.group, self.turns = encoder.grid[0] * encoder.grid[1], group or members, members if full else 1
         if self.places % members or self.places == members or self.group > members:
-            raise Problem(f"{self.places} patches do not divide among {members} pictures: change --size, --patch or --mix-ratio")
+            raise Problem(f"{self.places} patches do not divide among {members} pictures, two or more for each: change --size, "
+                          "--patch or --mix-ratio")
         self.own = self.places // members                                                   # n
         self.segments = nn.ParameterDict({"segment_token": 0.5 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
         for block in encoder.blocks:
+            if homologous and not isinstance(block.attn, HomologousAttention):
+                raise Problem("the encoder is to be a ViT(…, attention=HomologousAttention)")
             block.attn.top = self.own if homologous else None
 
     def mix(self, images, noise=None):
@@ -162,7 +165,7 @@ def pretrain(args):
     """Mixes, reconstructs, and in the end draws."""
     run = Run(args)
     if run.micro % args.members:
-        raise Problem(f"micro-batches of {run.micro} do not divide into groups of {args.members}: change --micro-batch")
+        raise Problem(f"micro-batches of {run.micro} do not divide into groups of {args.members}: change --batch")
     train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
     args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
     encoder, decoder = build(args)

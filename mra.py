@@ -140,6 +140,10 @@ class MRA(nn.Module):
 
     def attention(self, images):
         """images (B, C, H, W) → (B, N): the last block's attention from the class token, mean over the heads."""
+        encoder = self.painter.encoder
+        if images.shape[1:] != (encoder.channels, *encoder.size):
+            raise Problem(f"the augmentor is for pictures of {(encoder.channels, *encoder.size)}, not {tuple(images.shape[1:])}: "
+                          "load it with size=…")
         return self.painter.encoder.attention_map(images * self.scale + self.shift).float().mean(1)
 
     def spread(self, values):
@@ -170,7 +174,9 @@ class Classifier(nn.Module):
         self.grey = channels == 1 and name != "conv4"
         known = [model for model in torchvision.models.list_models(module=torchvision.models)
                  if not model.startswith(("squeezenet", "googlenet", "inception"))]         # no linear layer; several answers
-        if name == "conv4":
+        if name == "conv4" and size < 16:
+            raise Problem(f"--classifier conv4 halves pictures four times: {size} pixels are too few")
+        elif name == "conv4":
             blocks = [[nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
                       for inputs, outputs in ((channels, 32), (32, 32), (32, 64), (64, 64))]
             self.body, self.head = nn.Sequential(*sum(blocks, []), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(64, classes)
@@ -223,31 +229,23 @@ def pretrain(args):
         run.update(optimizer)
     run.put("augmentor.pt", encoder=encoder.state_dict(), decoder=decoder.state_dict(), args=vars(args))
 
-def same(path, args, names):
-    """Whether there is a checkpoint, and of a run with these options. Raises Problem when it had others."""
-    old = read_checkpoint(path).get("args", {}) if os.path.exists(path) else None
-    if old is not None and (wrong := [name for name in names if old.get(name) != getattr(args, name)]):
-        raise Problem(f"{path} was trained with another {', '.join(wrong)}: remove it, or name another --out")
-    return old is not None
-
-def kept(args):
-    """→ the folder of this data's augmentor, beside the other runs, for all of them."""
-    name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
-    return os.path.join(os.path.dirname(args.out), f"mra-augmentor-{name}")
-
 def make_augmentor(args, run):
-    """→ the MRA for this data: --augmentor, or one trained before, or now, on all its pictures and without labels."""
-    path = args.augmentor or f"{kept(args)}/augmentor.pt"
-    if not args.augmentor:
-        first = Namespace(**vars(args) | args.light | dict(out=kept(args), seed=0, weight_decay=0.05, norm_pixels=False,
-                                                           micro_batch=None))
+    """→ the MRA for this data: --augmentor, or one trained before, or now, on all its pictures and without labels. That is kept
+    beside the other runs, for all of them."""
+    path = args.augmentor
+    if not path:
+        name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
+        folder = os.path.join(os.path.dirname(args.out), f"mra-augmentor-{name}")
+        light = args.light | dict(out=folder, seed=0, weight_decay=0.05, norm_pixels=False, micro_batch=None)
+        first = Namespace(**vars(args) | light)
         first.epochs = args.augmentor_epochs or first.epochs
-        names = ("data", "size", "patch", "vit", "decoder_dim", "decoder_depth", "decoder_heads", "epochs", "batch", "lr")
-        if not same(path, first, names):
-            run.say(f"first the augmentor, {first.epochs} epochs; kept in {path}")
-            first.resume = same(f"{first.out}/last.pt", first, names)
-            first.overwrite = not first.resume
+
+        def make(first):
+            run.say(f"first the augmentor, {first.epochs} epochs; kept in {folder}/augmentor.pt")
             pretrain(first)
+
+        path = run.after(first, "augmentor.pt", ("data", "size", "patch", "vit", "decoder_dim", "decoder_depth", "decoder_heads",
+                                                 "epochs", "batch", "lr"), make)
     mra = run.first(lambda: MRA.load(path, args.size, strategy=args.mask_strategy, mask_ratio=args.mask_ratio, apply=args.apply,
                                      whole=args.whole, mean=args.mean, std=args.std))
     if mra.painter.encoder.channels != args.channels:
@@ -258,11 +256,12 @@ AUGMENTS = ("none", "mra", "cutout", "cutmix", "mixup", "randaugment")
 
 def augmentation(args, mra):
     """→ change, of single uint8 pictures (C, H, W), or None, and augment, of images (b, C, H, W) and labels (b,) on the device:
-    what --augment names, MRA first. All come after crop and flip."""
+    what --augment names; RandAugment, then MRA, then what cuts or mixes. All come after crop and flip. Cutout is a square of half
+    a side, mixup's alpha 0.2 (our choice)."""
     names = args.augment.split("+")
     mixes = [mix(alpha=alpha, num_classes=len(args.classes)) for name, mix, alpha in (
         ("cutmix", v2.CutMix, 1.0), ("mixup", v2.MixUp, 0.2)) if name in names]
-    cutout = v2.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))                    # a square, half a side long
+    cutout = v2.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
 
     def augment(images, labels):
         images = mra(images) if "mra" in names else images
@@ -274,6 +273,8 @@ def augmentation(args, mra):
 
 def set_up(args, run):
     """→ MRA or None; with --baseline what the same task comes to without it, in OUT/baseline, or None; classifier; optimizer."""
+    if run.micro < 2 and args.task != "semi":
+        raise Problem("BatchNorm needs two pictures at once: a larger --batch or --micro-batch")
     torch.manual_seed(args.seed)
     model = Classifier(args.classifier, len(args.classes), args.channels, args.size).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
@@ -282,11 +283,11 @@ def set_up(args, run):
     if args.baseline and mra:
         rest = "+".join(sorted({*names} - {"mra"})) or {"semi": "randaugment"}.get(args.task, "none")
         first = Namespace(**vars(args) | dict(augment=rest, baseline=False, out=f"{args.out}/baseline"))
-        free = {"out", "resume", "overwrite", "device", "workers", "compile", "precision", "save_every", "augmentor"}
-        first.resume = not args.overwrite and same(f"{first.out}/last.pt", first, vars(first).keys() - free)
-        first.overwrite = not first.resume
         run.say(f"for comparison without MRA, --augment {rest}:")
-        plain = TASKS[args.task](first)
+        plain = read_checkpoint(run.after(first, "result.pt", (
+            "task", "augment", "data", "limit", "labels", "size", "classifier", "seed", "epochs", "batch", "lr", "warmup", "crop",
+            "weight_decay", "imbalance", "unlabelled", "threshold", "ema", "held_out", "ways", "shots", "queries", "episodes"),
+            lambda first: run.put("baseline/result.pt", result=TASKS[args.task](first), args=vars(first))))["result"]
     run.say(f"--augment {args.augment}:")
     return mra, plain, model, optimizer
 
@@ -340,8 +341,9 @@ def semi(args):
     """--task semi: FixMatch. A few pictures have labels; of the others, those the classifier is sure of teach it to say the same
     of a strong view, which MRA paints from the weak one."""
     run = Run(args)
-    train, val = labelled(run, args)
+    train, val = labelled(run, args, all_=True)
     few = copy.copy(train)
+    few.pick((few.labels >= 0).nonzero()[:, 0])
     few.few(args.labels, args.seed)
     mra, plain, model, optimizer = set_up(args, run)
     mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True).to(run.device)
@@ -436,13 +438,17 @@ def occlusion(args):
     there, curves = {path: read_checkpoint(path) for path in args.compare}, {}
     for path, saved in there.items():
         old = saved.get("args", {})
-        if "classifier" not in saved or any(old.get(name) != getattr(args, name) for name in ("size", "classes", "channels")):
+        if "classifier" not in saved or "augment" not in old or any(
+                old.get(name) != getattr(args, name) for name in ("size", "classes", "channels")):
             raise Problem(f"{path} is no classifier of these pictures: name the best.pt of a supervised or semi run on them")
     mra = make_augmentor(args, run)
     run.keep()                                                                              # no checkpoint, only args.json
     for path, saved in there.items():
         model = Classifier(saved["args"]["classifier"], len(args.classes), args.channels, args.size)
-        model.load_state_dict(saved["classifier"])
+        try:
+            model.load_state_dict(saved["classifier"])
+        except RuntimeError:
+            raise Problem(f"{path} is not whole, or of another version: its weights are not a {saved['args']['classifier']}'s")
         for strategy in STRATEGIES:
             torch.manual_seed(args.seed)
             line = [measure(Occluded(model, mra, strategy, tenth / 10).to(run.device), val, run, args)[0] for tenth in range(10)]
@@ -569,11 +575,11 @@ def main(arguments=None):
         raise Problem(f"--shots {min(args.shots)}: an episode needs a labelled picture of each class")
     if args.task == "occlusion" and not args.compare:
         raise Problem("--task occlusion needs --compare, the best.pt of one classifier or several")
-    if args.resume and not os.path.exists(f"{args.out}/last.pt") and (
-            os.path.exists(f"{args.out}/baseline/last.pt") or os.path.exists(f"{kept(args)}/last.pt")):
-        args.resume = False                                                                 # stopped while these were trained
-    if args.task == "semi" and not args.labels:
-        raise Problem("--task semi learns from a few labels: give --labels, of each class")
+    parser = options()
+    for name, task in dict(imbalance="supervised", unlabelled="semi", threshold="semi", held_out="fewshot", ways="fewshot",
+                           shots="fewshot", queries="fewshot", episodes="fewshot", compare="occlusion").items():
+        if args.task != task and getattr(args, name) != parser.get_default(name):
+            raise Problem(f"--{name.replace('_', '-')} goes with --task {task}")
     TASKS[args.task](args)
 
 if __name__ == "__main__":

@@ -807,14 +807,14 @@ def test_a_folder_of_pictures_works_with_a_prior(prior, tmp_path, cli):
 
 @pytest.mark.parametrize("where, save, kill", [("run", PER_EPOCH - 2, PER_EPOCH + 2), ("prior", 3, PER_EPOCH - 2)])
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(uninterrupted, tmp_path, cli, monkeypatch, where, save, kill):
-    """The run itself with --resume, when the log is ahead of the checkpoint; the prior's training with the same command again."""
+    """The run itself, when the log is ahead of the checkpoint, and the prior's training before it."""
     out = tmp_path / "run"
     folder = out if where == "run" else out / "prior"
     finish(start(out, *RUN, end=(folder, save, kill, signal.SIGKILL)), -signal.SIGKILL)
     assert saved(folder)["step"] == save
     after, steps = common.Run.after_step, Counter()
     monkeypatch.setattr(common.Run, "after_step", lambda run: steps.update([os.path.basename(run.out)]) or after(run))
-    code, _, errors = cli(*(("--resume", "--out", out) if where == "run" else ("--out", out, *RUN)))    # as before
+    code, _, errors = cli("--resume", "--out", out)                                      # with the options of before
     assert code == 0 and not errors
     assert steps == ({"run": 2 * PER_EPOCH - save} if where == "run" else {"prior": PER_EPOCH - save, "run": 2 * PER_EPOCH})
     assert_same_training(uninterrupted[0], out)

@@ -620,7 +620,7 @@ def test_a_run_leaves_what_the_design_says(uninterrupted, augmentor):
     out, output = uninterrupted
     names = {"last.pt", "log.jsonl", "args.json"}
     assert {path.name for path in out.iterdir()} == names | {"best.pt", "augmentation.png", "baseline"}
-    assert {path.name for path in (out / "baseline").iterdir()} == names | {"best.pt"}
+    assert {path.name for path in (out / "baseline").iterdir()} == names | {"best.pt", "result.pt"}
     assert {path.name for path in augmentor.parent.iterdir()} == names | {"augmentor.pt"}
     lines, plain = log_of(out), log_of(out / "baseline")
     assert [(line["epoch"], line["step"]) for line in epochs_of(out)] == [(1, PER_EPOCH), (2, 2 * PER_EPOCH)]
@@ -822,7 +822,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(uninterrupted, aug
     assert_same_run(uninterrupted[0] / "baseline", out / "baseline", "classifier", "optimizer")
 
 @pytest.mark.parametrize("where, save, end", [("baseline", 3, PER_EPOCH + 2), ("augmentor", 2, FIRST - 1)])
-def test_killed_in_the_baseline_or_the_augmentor_the_same_command_goes_on(where, save, end, uninterrupted, augmentor, tmp_path,
+def test_killed_in_the_baseline_or_the_augmentor_resuming_goes_on(where, save, end, uninterrupted, augmentor, tmp_path,
                                                                          cli, monkeypatch):
     out = tmp_path / "run"
     folder = out / "baseline" if where == "baseline" else tmp_path / augmentor.parent.name
@@ -831,7 +831,7 @@ def test_killed_in_the_baseline_or_the_augmentor_the_same_command_goes_on(where,
         assert cli(*RUN, "--out", out)[0] == 130
     assert saved(folder)["step"] == save
     seen = count_steps(monkeypatch)
-    code, _, errors = cli(*RUN, "--out", out)
+    code, _, errors = cli("--resume", "--out", out)                                      # with the options of before
     assert code == 0 and not errors
     assert seen.count("run") == 2 * PER_EPOCH and seen.count("baseline") == 2 * PER_EPOCH - save * (where == "baseline")
     assert seen.count(augmentor.parent.name) == (0 if where == "baseline" else FIRST - save)       # which comes first
@@ -934,8 +934,8 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "fewshot without a shot": ("--task fewshot --shots 0 5", "--shots 0"),
     "semi with cutmix": ("--task semi --augment mra+cutmix", "semi.*cutmix"),
     "semi with mixup": ("--task semi --augment mixup", "semi.*mixup"),
-    "semi with too few pictures": ("--task semi --labels 30", "not 30 pictures of each class: disc 16"),
-    "too few pictures": ("--labels 30", "not 30 pictures of each class: disc 16"),
+    "semi with too few pictures": ("--task semi --labels 30", "not --labels 30 pictures of each class: disc 16"),
+    "too few pictures": ("--labels 30", "not --labels 30 pictures of each class: disc 16"),
     "fewshot with too few classes": ("--task fewshot --ways 6", "6 classes.*5 classes left"),
     "fewshot with too few pictures": ("--task fewshot --ways 3 --queries 30", "30 pictures.*16.*--queries"),
     "fewshot with too few held out": ("--task fewshot --ways 3 --held-out 2", "3 classes.*2 classes left"),
