@@ -56,7 +56,7 @@ class Generator(nn.Module):
         super().__init__()
         self.grid, half = grid, max(1, heads // 2)
         self.layers = nn.Sequential(nn.Conv2d(heads, half, 3, padding=1), nn.ReLU(), nn.Conv2d(half, 1, 3, padding=1))
-        for layer in (self.layers[0], self.layers[2]):                                      # a random one could close the ReLU
+        for layer in (self.layers[0], self.layers[2]):                                      # else the ReLU may be shut: ours
             nn.init.zeros_(layer.bias)
 
     def forward(self, attention):
@@ -65,7 +65,8 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """Distribution over patches (B, N) → scores (B, ·), high where it looks like a box. Two strided convolutions
-    for 14×14 patches; on small grids fewer of them are strided, so that at least one score comes out (our choice)."""
+    for 14×14 patches; on small grids fewer of them are strided, so that at least one score comes out (our choice). With `matched`
+    distributions it sees them × N, about 1, not 1/N, where it can hardly tell anything (our choice)."""
 
     def __init__(self, grid, matched=False):
         super().__init__()
@@ -209,7 +210,7 @@ def pretrain(args, data=None):
     critic = Discriminator(encoder.grid, matched) if learned else None
     model = AutoMAE(encoder, decoder, args.norm_pixels, generator, args.mask_factor)
     optimizer = adamw(nn.ModuleList([encoder, decoder]), args.weight_decay)
-    for group in adamw(generator, args.weight_decay).param_groups if learned else ():       # else it circles round its goal
+    for group in adamw(generator, args.weight_decay).param_groups if learned else ():       # ours: slower than its judge
         optimizer.add_param_group(group | dict(lr_scale=0.2 if matched else 1.0))
     wrapped, places = run.wrap(model), encoder.grid[0] * encoder.grid[1]                    # device, torch.compile, DDP
     if learned:

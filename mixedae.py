@@ -39,7 +39,8 @@ def share_places(noise, n, group, turns=1):
     return torch.stack([torch.stack(rows, dim=1) for rows in each]).flatten(0, 2)
 
 class HomologousAttention(Attention):
-    """Self-attention in which a query sees only the `top` keys most similar to it, and the class token.
+    """Self-attention in which a query sees only the `top` keys most similar to it, and the class token; in every block (after the
+    paper).
 
     The class token itself sees every key (our choice). Which keys are chosen has no gradient, so that is found without one, and
     the attention among the chosen is the usual fused kernel. With top = None it is plain attention, of the same parameters.
@@ -96,10 +97,11 @@ def contrastive_loss(tokens, n, temperature=0.25):
 class MixedAE(nn.Module):
     """A masked autoencoder whose encoder sees the visible patches of several pictures in one sequence.
 
-    A picture owns 1/members of the places, and as many pictures share a sequence (or `group` of them, the other places are empty;
-    1 is MAE). With `full` each picture owns every place once, for `members` times the work. What tells the pictures apart:
-    `segments`, a learned vector for each member, `homologous` attention, and the contrastive loss, weighted by `contrastive`.
-    Without all three this is naive mixing. Raises Problem unless the places divide among the members.
+    A picture owns 1/members of the places, and as many pictures share a sequence (or `group` of them, the other places are
+    empty; 1, without what follows, is MAE). With `full` each picture owns every place once, for `members` times the work.
+    What tells the pictures apart: `segments`, a learned vector for each member, `homologous` attention, and the contrastive
+    loss, weighted by `contrastive`. Without all three this is naive mixing. Raises Problem unless the places divide among the
+    members.
     """
 
     def __init__(self, encoder, decoder, norm_pixels=True, members=4, full=False, segments=True, homologous=True, contrastive=0.1,
@@ -112,6 +114,7 @@ class MixedAE(nn.Module):
             raise Problem(f"{self.places} patches do not divide among {members} pictures, two or more for each: change --size, "
                           "--patch or --mix-ratio")
         self.own = self.places // members                                                   # n
+        # Segments start large (our choice): of MAE's usual 0.02 the blocks see nothing for epochs.
         self.segments = nn.ParameterDict({"segment_token": 0.5 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
         for block in encoder.blocks:
             if homologous and not isinstance(block.attn, HomologousAttention):
@@ -133,13 +136,14 @@ class MixedAE(nn.Module):
         return tokens.flatten(1, 2), shuffle
 
     def forward(self, images, noise=None):
-        """→ loss (), prediction (B, N, P·P·C), mask (B, N), 1 at places not its own, and facts for the log; see `mix`."""
+        """→ loss (), prediction (B, N, P·P·C), mask (B, N), 1 at places not its own, and facts for the log; see `mix`. In
+        full mode B stands for members times as many pictures."""
         tokens, shuffle = self.mix(images, noise)                                           # (G, N, D), (B, N)
         restore, images = shuffle.argsort(dim=1), images.repeat(self.turns, 1, 1, 1)        # (B, N), (B, C, H, W)
         mask = (restore >= self.own).float()                                                # (B, N)
         latent = self.encoder.encode(tokens)                                                # (G, 1+N, D) all pictures at once
         own = latent[:, 1:].unflatten(1, (self.group, -1)).flatten(0, 1)                    # (B, n, D) un-mixed
-        own = torch.cat([latent[:, :1].repeat_interleave(self.group, dim=0), own], dim=1)   # (B, 1+n, D) all get its class token
+        own = torch.cat([latent[:, :1].repeat_interleave(self.group, dim=0), own], dim=1)   # (B, 1+n, D) its class token: ours
         prediction = self.decoder(own, restore)                                             # (B, N, P·P·C) every place
         loss = pixel_loss(images, prediction, mask, self.encoder.patch, self.norm_pixels)
         facts = {"reconstruction_loss": loss}
@@ -172,7 +176,7 @@ def pretrain(args):
     optimizer = adamw(model := MixedAE(encoder, decoder, args.norm_pixels, args.members, args.mixing == "full", args.segments,
                                        args.homologous_attention, args.contrastive_weight * args.contrastive), args.weight_decay)
     wrapped = run.wrap(model)                                                               # device, torch.compile, DDP
-    run.keep(encoder=encoder, decoder=decoder, segments=model.segments, optimizer=optimizer)
+    run.keep(encoder=encoder, decoder=decoder, segments=model.segments, optimizer=optimizer)         # in last.pt
     run.introduce(model, train)
 
     batches = Batches(train, run, args.size, args.crop)
@@ -195,7 +199,7 @@ def draw(model, data, run, args):
     images, *_ = next(data.stream([(torch.linspace(0, len(data) - 1, count).long(), 0)], run, args.size))
     torch.manual_seed(args.seed)
     noise = torch.rand(1, model.places, device=run.device)
-    _, prediction, mask, facts = model(images, noise)
+    _, prediction, mask, facts = model.forward(images, noise)                               # not compiled for this one batch
     tokens, shuffle = model.mix(images, noise)
     patches, visible, places = patchify(images, args.patch), 1 - mask[:count, :, None], shuffle[:count, :model.own].flatten()
     prediction = prediction[:count]

@@ -91,7 +91,8 @@ def logistic_regression(support, query):
 # ------------------------------------------------------------------------------------------------------------------- model
 
 class Autoencoder(nn.Module):
-    """MAE's: hides patches, encodes the rest, paints. Its targets are pixels as they are, since a picture is to come out."""
+    """MAE's: hides patches, encodes the rest, paints. Its targets are pixels as they are, since a picture is to come out (our
+    choice)."""
 
     def __init__(self, encoder, decoder):
         super().__init__()
@@ -166,8 +167,8 @@ class MRA(nn.Module):
         return torch.where(self.spread(anew & (mask.bool() | self.whole)), painted, images)
 
 class Classifier(nn.Module):
-    """images (B, C, H, W) → logits (B, K), by one of torchvision's classifiers, or `conv4`: four convolutions, a slim
-    form of few-shot learning's usual net. Features are what its last linear layer gets. Raises Problem for any other name."""
+    """images (B, C, H, W) → logits (B, K), by one of torchvision's classifiers, or `conv4`: four convolutions, a slim form
+    of few-shot learning's usual net (ours). Features are what its last linear layer gets. Raises Problem for any other name."""
 
     def __init__(self, name, classes, channels, size):
         super().__init__()
@@ -540,12 +541,13 @@ def options():
     add["model"]("--whole", action=switch, default=False,
                  help="kept patches too come from the decoder, which never learned them (off)")
     add["model"]("--augmentor", help="checkpoint of the masked autoencoder; left out: one is trained for this data, and kept")
-    add["model"]("--augmentor-epochs", type=int, help="epochs of its training (3 on scenes)")
+    add["model"]("--augmentor-epochs", type=int, help="epochs of its training (3 on scenes); --model to --decoder-heads are its "
+                 "own, too, --epochs to --warmup the classifier's")
 
     task = parser.add_argument_group("task").add_argument
     task("--task", choices=TASKS, default="supervised", help="what to do (supervised)")
     task("--augment", default="mra", help=f"augmentations beside crop and flip, joined by +: {', '.join(AUGMENTS)} (mra)")
-    task("--baseline", action=switch, help="first train the same without MRA, for comparison (on for scenes)")
+    task("--baseline", action=switch, help="first train the same without MRA (semi: with RandAugment) to compare (on: scenes)")
     task("--classifier", help="conv4, or a torchvision classifier: resnet50, vit_b_16 … (resnet50)")
     task("--labels", type=int, help="labelled pictures of each class (all; scenes 50, semi 25)")
     task("--imbalance", type=float, default=1.0, help="supervised: the first class has so many times the last one's pictures (1)")
