@@ -643,8 +643,11 @@ def settings(parser, preset, arguments=None):
     if args.resume and os.path.exists(f"{out}/last.pt"):
         old = read_checkpoint(f"{out}/last.pt").get("args", {})
     elif args.resume and os.path.exists(f"{out}/args.json"):                                # stopped before its first checkpoint
-        with open(f"{out}/args.json") as file:
-            old = json.load(file)
+        try:
+            with open(f"{out}/args.json") as file:
+                old = json.load(file)
+        except ValueError:
+            refuse(f"{out}/args.json is cut off: start again with --overwrite")
     if old:
         parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
         args = parser.parse_args(arguments)
@@ -757,7 +760,7 @@ class Run:
         if self.args.resume and "last.pt" not in there and there != ["args.json"]:
             raise Problem(f"nothing to resume: there is no {self.out}/last.pt")
         if there and not (self.args.resume or self.args.overwrite):
-            raise Problem(f"{self.out} holds a run: " + "go on with --resume, " * ("last.pt" in there)
+            raise Problem(f"{self.out} holds a run: " + "go on with --resume, " * ("last.pt" in there or there == ["args.json"])
                           + "start again with --overwrite, or name another --out")
         if os.path.isfile(self.out):
             raise Problem(f"--out {self.out} is a file: name a folder")

@@ -117,7 +117,7 @@ class MixedAE(nn.Module):
             raise Problem(f"{self.places} patches do not divide among {members} pictures, two or more for each: change --size, "
                           "--patch or --mix-ratio")
         self.own = self.places // members                                                   # n
-        # Segments start large (our choice): of MAE's usual 0.02 the blocks see nothing for epochs.
+        # Segments start large (our choice): with MAE's usual 0.02 the first epoch goes as without any.
         self.segments = nn.ParameterDict({"segment_token": 0.5 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
         for block in encoder.blocks:
             if homologous and not isinstance(block.attn, HomologousAttention):

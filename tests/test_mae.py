@@ -559,6 +559,21 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(uninterrupted, tmp
     assert_same_training(uninterrupted[0], out)
     assert log_of(out)[-1].keys() == log_of(uninterrupted[0])[-1].keys()                 # and the accuracies at its end
 
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start_with_its_options(pictures, tmp_path, cli):
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert cli("--data", pictures, *QUICK, "--out", whole)[0] == 0
+    out.mkdir()
+    (out / "args.json").write_bytes((whole / "args.json").read_bytes())                  # which is written first
+    code, _, errors = cli("--data", pictures, *QUICK, "--out", out)
+    assert code == 2 and "--resume" in one_line(errors)
+    code, _, errors = cli("--resume", "--out", out)
+    assert code == 0 and not errors
+    assert_same_training(whole, out)
+    (out / "last.pt").unlink()
+    (out / "args.json").write_text('{"data": ')
+    code, _, errors = cli("--resume", "--out", out)
+    assert code == 2 and "args.json is cut off" in one_line(errors)
+
 def test_a_run_on_a_folder_stopped_twice_resumes_to_the_same_weights_bit_for_bit(tmp_path):
     images = tmp_path / "pictures"
     images.mkdir()
