@@ -882,11 +882,12 @@ class Run:
             lines = [line for line in whole if json.loads(line)["step"] <= self.step]
             write_whole(log, lambda file: file.write("".join(lines).encode()))
 
-        def asked(number, frame):
-            if self.stop:
-                raise KeyboardInterrupt                                                     # twice: at once
-            self.stop = number
-            self.say("\nsaving after this step, then stopping; a second time stops at once")
+        def asked(number, frame, patience=2):
+            if not self.stop:
+                self.stop, self.asked = number, time.monotonic()
+                self.say("\nsaving after this step, then stopping; a second time stops at once")
+            elif time.monotonic() > self.asked + patience:                                  # a scheduler and torchrun may both
+                raise KeyboardInterrupt                                                     # send what was meant as one
 
         before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -19,8 +19,10 @@ def after_step(run):
     if run.out == folder:
         run.look = 0 if run.step in (save, end) else math.inf
         run.due = 0 if run.step == save else math.inf
+        if run.step == end and run.rank == 0:
+            for _ in range(1 if run.world > 1 else 2):                                   # as from a scheduler and torchrun both
+                os.kill(os.getppid() if run.world > 1 else os.getpid(), number)          # torchrun passes it on
         if run.step == end:
-            os.kill(os.getppid() if run.world > 1 else os.getpid(), number)              # torchrun passes it on
             while not run.stop and number != signal.SIGKILL:
                 time.sleep(0.01)
     after(run)
