@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
 from torch import distributed as dist, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 
 class Problem(ValueError):
@@ -112,7 +113,10 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block (B, T, D) → (B, T, D). While training, each of its two branches is left out for a whole picture
-    with probability `drop_path`, and scaled up when it stays."""
+    with probability `drop_path`, and scaled up when it stays. With `again` it keeps only x for the backward pass, and computes
+    the rest a second time: a step takes about a third longer, and most of the memory is free."""
+
+    again = False
 
     def __init__(self, dim, heads, drop_path=0.0, attention=Attention):
         super().__init__()
@@ -122,6 +126,9 @@ class Block(nn.Module):
         self.drop = torchvision.ops.StochasticDepth(drop_path, "row")
 
     def forward(self, x):
+        return checkpoint(self.branches, x, use_reentrant=False) if self.again else self.branches(x)
+
+    def branches(self, x):
         x = x + self.drop(self.attn(self.norm1(x)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
@@ -288,15 +295,16 @@ class Pictures:
         self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return (images.float() - self.mean) / self.std
 
-    def stream(self, plan, run, size, scale=None, change=None):
+    def stream(self, plan, run, size, scale=None, change=None, crops=1):
         """Yields a batch for each (picture numbers (b,), seed) of the plan, on the run's device: images (b, C, h, w) normalised,
         labels (b,), masks (b, h, w) or None. With `scale`, the smallest share of the area that a random crop takes, torch is
         given the seed first, so that crops and whatever the model draws next repeat; without, the pictures come whole. `change`
-        (uint8 (C, h, w) → the same) comes after the crop, picture by picture."""
+        (uint8 (C, h, w) → the same) comes after the crop, picture by picture. With `crops` all come so many times, one round
+        after the other, each time cropped anew; the batch is as many times larger."""
         for name in ("images", "labels", "masks"):                                          # the whole set moves to the device
             setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to(run.device))
         for index, seed in plan:
-            index = index.to(run.device)
+            index = index.to(run.device).repeat(crops)
             images, masks = self.images[index], None if self.masks is None else self.masks[index]
             if scale:
                 torch.manual_seed(seed)
@@ -339,8 +347,8 @@ class Files(Pictures):
         return v2.functional.to_dtype(image, torch.uint8, scale=True)                       # from 16-bit PNG
 
     def __getitem__(self, key):
-        """(i, seed) → what `transform` makes of picture i, its label, the seed, and i again if it was broken, else −1: then the
-        next whole picture stands in for it."""
+        """(i, seed) → what `transform` makes of picture i, `crops` times, its label, the seed, and i again if it was broken, else
+        −1: then the next whole picture stands in for it."""
         i, seed = key
         for j in range(i, i + 20):
             try:
@@ -349,12 +357,13 @@ class Files(Pictures):
             except (RuntimeError, OSError):
                 image = torch.zeros(3, *self.size, dtype=torch.uint8)
         torch.manual_seed(seed)
-        return self.transform(image), self.labels[j % len(self)], seed, -1 if i == j else i
+        views = torch.stack([self.transform(image) for _ in range(self.crops)])             # of one decoding
+        return views, self.labels[j % len(self)], seed, -1 if i == j else i
 
-    def stream(self, plan, run, size, scale=None, change=None):
+    def stream(self, plan, run, size, scale=None, change=None, crops=1):
         smooth = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         edge = round(min(pair(size)) * (256 / 224 if min(pair(size)) <= 224 else 1))        # as in MAE's code
-        self.transform = v2.Compose(
+        self.crops, self.transform = crops, v2.Compose(
             [v2.RandomResizedCrop(pair(size), (scale, 1.0), **smooth), v2.RandomHorizontalFlip(), change or v2.Identity()]
             if scale else
             [v2.Resize(edge, **smooth), v2.CenterCrop(pair(size))])
@@ -366,7 +375,8 @@ class Files(Pictures):
                 print("unreadable:", *(os.fsdecode(self.paths[i]) for i in sorted(self.broken)), sep="\n  ", file=sys.stderr)
                 raise Problem(f"{len(self.broken)} of {len(self)} pictures, over 1 %, could not be read: mend or remove those")
             torch.manual_seed(seeds[0].item())
-            yield self.normalise(images.to(run.device, non_blocking=True)), labels.to(run.device), None
+            images = images.to(run.device, non_blocking=True).transpose(0, 1).flatten(0, 1)           # (crops·b, C, h, w)
+            yield self.normalise(images), labels.to(run.device).repeat(crops), None
 
 IN_MEMORY = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10",
              "cifar100": "CIFAR100", "stl10": "STL10"}                                      # our names: torchvision's
@@ -459,23 +469,27 @@ def seed_of(*numbers):
 class Batches:
     """The pictures of every step, a function of (seed, step, place in the global batch) alone: a run goes on anywhere, and the
     micro-batches are the same whether one process takes four in turn or four processes take one each. They are `times` as large
-    as --batch says, over `steps` steps if not --epochs."""
+    as --batch says, over `steps` steps if not --epochs. With --crops an epoch still takes every picture once, but in so many
+    crops, so it has as many times the steps. Raises Problem when micro-batches do not divide by --crops."""
 
     def __init__(self, data, run, size, scale, change=None, times=1, steps=None):
-        self.data, self.run, self.view, self.batches, self.times = data, run, (size, scale, change), None, times
-        self.per_epoch = max(1, len(data) // (run.args.batch * times))                      # a smaller last batch is left out
+        crops = run.args.crops
+        if run.micro % crops:
+            raise Problem(f"micro-batches of {run.micro} do not divide by --crops {crops}: change --batch or --micro-batch")
+        self.data, self.run, self.view, self.batches = data, run, (size, scale, change, crops), None
+        self.batch, self.micro = run.args.batch * times // crops, run.micro * times // crops          # different pictures
+        self.per_epoch = max(1, len(data) // self.batch)                                    # a smaller last batch is left out
         self.steps = steps or run.args.epochs * self.per_epoch
 
     def plan(self, first):
         """This process's micro-batches from a step on: picture numbers (b,) and a seed for each."""
-        seed, micro = self.run.args.seed, self.run.micro * self.times
-        share = micro * self.run.accumulate
+        seed, share = self.run.args.seed, self.micro * self.run.accumulate
         for step in range(first, self.steps):
             epoch, place = divmod(step, self.per_epoch)
             if place == 0 or step == first:
                 order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
-            start = place * self.run.args.batch * self.times + self.run.rank * share
-            for i, index in enumerate(order[torch.arange(start, start + share) % len(order)].split(micro)):
+            start = place * self.batch + self.run.rank * share
+            for i, index in enumerate(order[torch.arange(start, start + share) % len(order)].split(self.micro)):
                 yield index, seed_of(seed, step, self.run.rank * self.run.accumulate + i)
 
     def at(self, step):
@@ -605,6 +619,7 @@ def shared_options(script, description, paper=None):
     add["data"]("--limit", type=int, help="only the first so many pictures, for a quick try")
     add["data"]("--size", type=int, help="side of the pictures in pixels (224)")
     add["data"]("--crop", type=float, help=f"smallest share of a picture's area that a crop takes, 1: no crops ({usual['crop']})")
+    add["data"]("--crops", type=int, default=1, help="crops of each decoded picture: so many times the samples (1)")
     add["data"]("--workers", type=int, help="processes that decode pictures, for each training process (cores, at most 16)")
     add["model"]("--model", choices=VITS, help="size of the encoder (base)")
     add["model"]("--patch", type=int, help="side of a patch in pixels (16; huge 14)")
@@ -622,6 +637,7 @@ def shared_options(script, description, paper=None):
     add["run"]("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
     add["run"]("--overwrite", action="store_true", help="start again in a folder that holds a run")
     add["run"]("--save-every", type=float, default=30.0, help="seconds between checkpoints, at least (30)")
+    add["run"]("--checkpoint-blocks", action="store_true", help="less memory: compute blocks again in the backward pass (off)")
     add["run"]("--device", help="cuda, cpu … (cuda if there is one)")
     add["run"]("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (bf16 on GPUs that have it; CPUs fp32)")
     add["run"]("--compile", action=BooleanOptionalAction, help="torch.compile the model (on GPUs)")
@@ -651,17 +667,18 @@ def settings(parser, preset, arguments=None):
     if old:
         parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
         args = parser.parse_args(arguments)
-        for name in ("task", "init", "data", "limit", "labels", "size", "batch", "seed", "weight_decay", "layer_decay",
+        for name in ("task", "init", "data", "limit", "labels", "size", "batch", "crops", "seed", "weight_decay", "layer_decay",
                      "imbalance", "unlabelled", "held_out"):
             if name in old and getattr(args, name) != old[name]:
                 refuse(f"the run to resume has --{name} {old[name]}, not {getattr(args, name)}: leave it out")
     kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
     given = {name: value for name, value in vars(args).items() if value is not None} | {"out": out}
     args = Namespace(**vars(args) | ({} if old else preset(args, kind)) | given)
-    least = dict(limit=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1, decoder_depth=0,
-                 labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0, save_every=0, bank=0,
-                 mixup=0, cutmix=0, contrastive_weight=0, adversarial_weight=0, mask_factor=0, prior_epochs=1,
-                 augmentor_epochs=1, imbalance=1, unlabelled=1, held_out=1, ways=2, queries=1, episodes=2, copies=0)
+    least = dict(limit=1, crops=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1,
+                 decoder_depth=0, labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0,
+                 save_every=0, bank=0, mixup=0, cutmix=0, contrastive_weight=0, adversarial_weight=0, mask_factor=0,
+                 prior_epochs=1, augmentor_epochs=1, imbalance=1, unlabelled=1, held_out=1, ways=2, queries=1, episodes=2,
+                 copies=0)
     if not 0 <= (getattr(args, "randaugment", None) or 0) <= 10:
         refuse(f"--randaugment must lie between 0 and 10, not {args.randaugment}")
     read = [getattr(args, name, None) for name in ("init", "prior", "augmentor")]
@@ -818,6 +835,9 @@ class Run:
     def wrap(self, model):
         """Moves a model to the device, compiles it in place (names stay) and, if it learns, wraps it in DDP under torchrun."""
         model.to(self.device)
+        for part in model.modules() if self.args.checkpoint_blocks else ():
+            if isinstance(part, Block):
+                part.again = True
         if self.args.compile or (self.args.compile is None and self.device.type == "cuda"):
             model.compile(dynamic=False)
         if self.world > 1 and any(p.requires_grad for p in model.parameters()):

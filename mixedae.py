@@ -171,9 +171,9 @@ def build(args):
 def pretrain(args):
     """Mixes, reconstructs, and in the end draws."""
     run = Run(args)
-    if run.micro % args.members:
-        raise Problem(f"micro-batches of {run.micro} do not divide into groups of {args.members}: change --batch or "
-                      "--micro-batch")
+    if run.micro % args.members or run.micro // args.crops < args.members:
+        raise Problem(f"micro-batches of {run.micro} do not divide into groups of {args.members} different pictures: change "
+                      "--batch, --micro-batch or --crops")
     train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
     args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
     encoder, decoder = build(args)

@@ -178,6 +178,24 @@ def test_drop_path_keeps_the_expectation():
     share = (change / expected).flatten()
     assert share.std() < 1e-3 and abs(share.mean() - 1) < 5 * math.sqrt(0.3 / 0.7 / 4000)
 
+def test_a_block_computed_again_has_the_same_gradients_and_keeps_only_its_input():
+    torch.manual_seed(0)
+    blocks, start = shake(torch.nn.Sequential(*(Block(16, 2, drop_path=0.5) for _ in range(3)))), torch.randn(6, 5, 16)
+    found, kept = [], []
+    for again in (False, True):
+        for block in blocks:
+            block.again = again
+        x, saved = start.clone().requires_grad_(), []
+        torch.manual_seed(1)                                                                # which pictures lose which branch
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            loss = blocks(x).square().sum()
+        kept.append(sum({t.data_ptr(): t.nbytes for t in saved}.values()))
+        blocks.zero_grad()
+        loss.backward()
+        found.append([loss.detach(), x.grad, *(p.grad.clone() for p in blocks.parameters())])
+    torch.testing.assert_close(*found, rtol=0, atol=0)                                      # the very same operations
+    assert kept[1] < kept[0] / 5
+
 def test_deeper_blocks_are_dropped_more_and_the_first_never():
     timm = pytest.importorskip("timm")
     theirs = timm.models.VisionTransformer(img_size=8, patch_size=4, embed_dim=16, depth=4, num_heads=2, drop_path_rate=0.3)
@@ -746,6 +764,14 @@ def test_a_stream_with_scale_is_decided_by_each_batchs_seed_and_seeds_what_follo
     assert torch.equal(batches[0][0], batches[2][0]) and not torch.equal(batches[0][0], batches[1][0])
     assert torch.equal(after[0], after[2]) and not torch.equal(after[0], after[1])
 
+def test_several_crops_of_pictures_in_memory_come_round_after_round_with_labels_and_masks():
+    data, index = some_pictures(), torch.tensor([3, 9, 4, 20])
+    images, labels, masks = next(data.stream([(index, 5)], CPU, 8, scale=0.3, crops=3))
+    assert images.shape == (12, 3, 8, 8) and masks.shape == (12, 8, 8)
+    assert labels.tolist() == data.labels[index].tolist() * 3 and len(images.flatten(1).unique(dim=0)) == 12
+    whole, twice, _ = next(data.stream([(index, 5)], CPU, data.size, crops=2))
+    assert torch.equal(whole[:4], whole[4:]) and torch.equal(twice[:4], twice[4:])          # uncropped ones are alike
+
 def test_pictures_without_masks_stream_none():
     assert next(some_pictures(masks=False).stream([(torch.arange(2), 0)], CPU, 8, 0.5))[2] is None
 
@@ -1058,6 +1084,16 @@ def test_every_file_of_a_batch_is_cropped_in_its_own_way(hundred):
     images = next(folder(hundred).stream([(torch.arange(8), 1)], CPU, 12, 0.3))[0]
     assert len(images.flatten(1).unique(dim=0)) == 8
 
+def test_several_crops_of_a_file_come_from_one_decoding_round_after_round(hundred):
+    data, index, read = folder(hundred), torch.tensor([10, 60, 90]), []
+    decode, data.read = data.read, lambda i: read.append(i) or decode(i)
+    images, labels, _ = next(data.stream([(index, 1)], CPU, 12, 0.3, crops=4))
+    assert read == [10, 60, 90] and images.shape == (12, 3, 12, 12) and labels.tolist() == [0, 1, 1] * 4
+    assert len(images.flatten(1).unique(dim=0)) == 12                                       # no crop twice
+    reds = [image[0].mean() > image[2].mean() for image in images]                          # class a is red, b is blue
+    assert reds == [True, False, False] * 4
+    assert torch.equal(images[:3], next(data.stream([(index, 1)], CPU, 12, 0.3))[0])        # the first round is as without
+
 def test_crops_of_files_differ_by_seed_and_keep_labels(hundred):
     data, index = folder(hundred), torch.tensor([10, 60])
     one, two = data.stream([(index, 1), (index, 2)], CPU, 12, 0.3)
@@ -1105,9 +1141,9 @@ def test_a_cut_off_data_set_is_a_problem(share, fashion):
 
 # ----------------------------------------------------------------------------------------------------------------- batches
 
-def batches(count=64, rank=0, world=1, batch=16, micro=4, epochs=3, seed=7):
-    run = types.SimpleNamespace(args=types.SimpleNamespace(batch=batch, epochs=epochs, seed=seed), rank=rank, world=world,
-                                micro=micro, accumulate=batch // world // micro)
+def batches(count=64, rank=0, world=1, batch=16, micro=4, epochs=3, seed=7, crops=1):
+    args = types.SimpleNamespace(batch=batch, epochs=epochs, seed=seed, crops=crops)
+    run = types.SimpleNamespace(args=args, rank=rank, world=world, micro=micro, accumulate=batch // world // micro)
     return Batches(range(count), run, 8, 0.5)
 
 def steps(plan, accumulate):
@@ -1136,6 +1172,20 @@ def test_a_batch_that_does_not_divide_the_pictures_leaves_the_rest_of_an_epoch_o
     assert made.per_epoch == 4
     for epoch in np.array_split([i for index, _ in made.plan(0) for i in index.tolist()], 3):
         assert len(set(epoch)) == 64 and max(epoch) < 70
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_with_crops_an_epoch_takes_every_picture_once_in_as_many_times_the_steps(world):
+    made = [batches(rank=rank, world=world, crops=2, micro=4) for rank in range(world)]
+    assert all(part.per_epoch == 8 for part in made)                                        # 64 pictures, 8 a step, each twice
+    plans = [list(part.plan(0)) for part in made]
+    assert all(len(index) == 2 for plan in plans for index, _ in plan)
+    share = [steps(plan, 4 // world) for plan in plans]
+    order = [i for step in zip(*share) for part in step for index, _ in part for i in index]
+    assert all(sorted(order[k:k + 64]) == list(range(64)) for k in (0, 64, 128)) and len(order) == 192
+
+def test_micro_batches_that_do_not_divide_by_crops_are_a_problem():
+    with pytest.raises(Problem, match="micro-batches of 4 do not divide by --crops 3"):
+        batches(crops=3)
 
 def test_fewer_pictures_than_a_batch_are_taken_more_than_once():
     plan = steps(batches(count=10, epochs=2).plan(0), 4)
