@@ -322,6 +322,9 @@ def options():
 def main(arguments=None):
     args = fit(settings(options(), lambda args, kind: PRESETS[kind], arguments))
     check_ratio(args)
+    for name, kinds in (("prior", ("learned", "attention")), ("two_stage", ("learned",))):
+        if getattr(args, name) and args.masking not in kinds:
+            raise Problem(f"--{name.replace('_', '-')} goes with --masking {' or '.join(kinds)}")
     pretrain(args)
 
 if __name__ == "__main__":

@@ -515,7 +515,7 @@ def save_curves(path, panels, side=340, edge=40):
 
 PRESETS = {  # what --data selects, for every option left open; `light` is for the augmentor. imagenet is after the paper
     "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, classifier="conv4",
-                   labels=50, epochs=60, batch=50, lr=0.5, warmup=2.0, crop=0.5, baseline=True,
+                   labels=50, epochs=60, batch=50, lr=0.5, warmup=2.0, crop=0.5,
                    light=dict(epochs=3, batch=32, lr=1.6e-2, warmup=0.4, crop=1.0)),
     "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, classifier="conv4",
                   epochs=30, batch=128, lr=0.2, warmup=1.0, crop=0.5,
@@ -530,8 +530,8 @@ PRESETS = {  # what --data selects, for every option left open; `light` is for t
 }
 
 def preset(args, kind):
-    return dict(mean=None, weight_decay=1e-4, ema=0.999, baseline=False) | PRESETS[kind] | PRESETS.get(
-        f"{args.task} {kind}", PRESETS.get(args.task, {}))
+    return dict(mean=None, weight_decay=1e-4, ema=0.999) | PRESETS[kind] | PRESETS.get(
+        f"{args.task} {kind}", PRESETS.get(args.task, {})) | dict(baseline=kind == "scenes" and "mra" in args.augment)
 
 def options():
     parser, add = shared_options("mra.py", "Trains a classifier on pictures that a masked autoencoder augments.", dict(
@@ -574,6 +574,8 @@ def main(arguments=None):
             near = difflib.get_close_matches(name, AUGMENTS, 1)
             raise Problem(f"--augment {args.augment}: " + (f"did you mean {near[0]}?" if near and name != "none" else
                           f"none, or some of {', '.join(AUGMENTS[1:])} joined by +"))
+    if args.baseline and "mra" not in args.augment.split("+"):
+        raise Problem(f"--baseline compares with and without mra, which --augment {args.augment} leaves out")
     if args.task == "semi" and {"cutmix", "mixup"} & {*args.augment.split("+")}:
         raise Problem("--task semi compares two views of one picture: no cutmix or mixup there")
     if args.task == "fewshot" and min(args.shots) < 1:

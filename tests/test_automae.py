@@ -875,6 +875,8 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "a factor below 0": ("--mask-factor -1", "mask-factor"),
     "a factor nan": ("--mask-factor nan", "mask-factor"),
     "a weight below 0": ("--adversarial-weight -0.1", "adversarial-weight"),
+    "a prior that nothing looks at": ("--masking random --prior {tmp}/fine.pt", "--prior goes with --masking learned or"),
+    "two stages without a generator": ("--masking random --two-stage", "--two-stage goes with --masking learned"),
     "no epochs for the prior": ("--prior-epochs 0", "prior-epochs"),
     "mask ratio 1": ("--mask-ratio 1", "mask-ratio"),
     "mask ratio 0": ("--mask-ratio 0", "mask-ratio"),
@@ -902,7 +904,7 @@ def test_bad_input_gets_one_line_and_writes_nothing(what, uninterrupted, tmp_pat
     assert code == 2 and re.search(says.format(**paths), one_line(errors)), errors
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]        # so that the next try may begin
 
-@pytest.mark.parametrize("flags", ["--decoder-depth 2", "--masking random --decoder-dim 64"])
+@pytest.mark.parametrize("flags", ["--decoder-depth 2", "--decoder-dim 64"])
 def test_resuming_another_model_is_refused_and_loses_nothing(flags, prior, tmp_path, cli):
     out = tmp_path / "run"
     assert cli(*QUICK, *prior, "--epochs", 1, "--out", out)[0] == 0

@@ -919,6 +919,7 @@ def test_resuming_another_classifier_is_refused_and_loses_nothing(uninterrupted,
 # ---------------------------------------------------------------------------------------------------------------- bad input
 
 BAD = {  # what is wrong: options after the usual ones, and what the line must say
+    "a comparison without what is compared": ("--augment cutout --baseline", "--baseline compares with and without mra"),
     "an augmentor of normalised pixels": ("--augmentor {tmp}/normalised.pt", "normalised.pt predicts.*--no-norm-pixels"),
     "an augmentor of grey pictures": ("--augmentor {tmp}/grey.pt", "1 channel.*have 3"),
     "an augmentor that is not there": ("--augmentor {tmp}/nowhere.pt", "nowhere.pt"),
