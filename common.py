@@ -839,6 +839,8 @@ class Run:
             if isinstance(part, Block):
                 part.again = True
         if self.args.compile or (self.args.compile is None and self.device.type == "cuda"):
+            # MixedAE's blocks note what they chose, to no harm also when they are computed again
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             model.compile(dynamic=False)
         if self.world > 1 and any(p.requires_grad for p in model.parameters()):
             model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)

@@ -530,6 +530,13 @@ def test_learned_masking_draws_from_the_generators_probability():
         assert share == pytest.approx(chance, abs=4.5 * math.sqrt(chance * (1 - chance) / draws))    # standard errors
     assert len(guide[:100].unique(dim=0)) == 100                                         # each picture its own draw
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_model_its_judge_and_the_prior_compile_to_one_graph_each(again, one_graph):
+    images, noise, guide = torch.randn(4, 3, 16, 16), torch.rand(4, 16), torch.rand(4, 16, requires_grad=True)
+    one_graph(tiny, lambda model: model(images, automae.highlight(guide, 4), noise)[0], again)
+    one_graph(lambda: automae.Discriminator((4, 4)).eval(), lambda critic: critic(noise).square().sum(), again)
+    one_graph(lambda: automae.Prior(common.ViT(16, 4, 3, 16, 2, 2), every=True), lambda prior: prior(images), again)
+
 # --------------------------------------------------------------------------------------------------------- foreground facts
 
 def test_foreground_facts_equal_a_loop_over_patches():

@@ -268,6 +268,13 @@ def test_accumulated_gradients_equal_the_large_batchs(tmp_path):
     for other in gradients[1:]:                                                          # float64, but for the loss in float32
         assert (other - gradients[0]).norm() < 1e-6 * gradients[0].norm()
 
+@pytest.mark.parametrize("again", [False, True])
+def test_pre_training_and_fine_tuning_compile_to_one_graph_each(again, one_graph):
+    images = torch.randn(4, 3, 16, 16)
+    one_graph(lambda: tiny(masking="block").train(), lambda model: model(images)[0], again)
+    vit = lambda: common.ViT(16, 4, 3, 16, 2, 2, classes=5, drop_path=0.5).train()
+    one_graph(vit, lambda model: model(images).square().sum(), again)
+
 @pytest.mark.parametrize("norm_pixels", [True, False])
 def test_paint_leaves_visible_patches_alone_and_fills_hidden_ones(norm_pixels):
     model, images, noise = tiny(norm_pixels=norm_pixels), 3 * torch.randn(3, 3, 16, 16) + 5, torch.rand(3, 16)

@@ -484,6 +484,11 @@ def test_some_steps_lower_the_loss():
         curve.append([loss.item(), facts["reconstruction_loss"].item(), facts["contrastive_loss"].item()])
     assert all(last < first for first, last in zip(curve[0], curve[-1]))
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_model_compiles_to_one_graph(again, one_graph):
+    images = pictures(4)
+    one_graph(tiny, lambda model: sum((1 + k) * part.sum() for k, part in enumerate(model(images)[3].values())), again)
+
 # ---------------------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("count, options", [(7, {}), (2, {}), (8, dict(members=16, group=3)), (9, dict(full=True))])

@@ -286,6 +286,12 @@ def test_randaugment_changes_single_pictures_of_whole_pixels():
     assert results.dtype == torch.uint8 and changed(images, results).any()
     assert torch.equal(augment(images, None)[0], images)
 
+@pytest.mark.parametrize("again", [False, True])
+def test_the_augmentation_and_its_training_compile_to_one_graph_each(again, one_graph):
+    images, scores = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
+    one_graph(lambda: tiny(apply=0.5), lambda augment: augment(images), again)
+    one_graph(lambda: tiny().painter.train().requires_grad_(), lambda model: model(images, scores)[0], again)
+
 # ------------------------------------------------------------------------------------------------------------------- loading
 
 @pytest.fixture(scope="module")
