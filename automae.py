@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import (Batches, Decoder, Problem, Run, ViT, adamw, check_ratio, entry, fit, keep_lowest, load_encoder, open_data,
-                    patchify, pixel_loss, save_sheet, settings, shared_options, take, unpatchify,
-                    vit_of, with_contrast)
+from common import (Batches, Problem, Run, ViT, adamw, build, check_ratio, entry, fit, keep_lowest, load_encoder, open_data,
+                    patchify, pixel_loss, save_sheet, settings, shared_options, take, unpatchify, vit_of, with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 
@@ -131,12 +130,6 @@ class AutoMAE(nn.Module):
         return pixel_loss(images, prediction, mask, self.encoder.patch, self.norm_pixels), prediction, mask
 
 # ---------------------------------------------------------------------------------------------------------------- training
-
-def build(args):
-    """→ encoder and decoder as the options say, with the weights that --seed gives."""
-    torch.manual_seed(args.seed)
-    encoder = ViT(args.size, args.patch, args.channels, **args.vit)
-    return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
 
 def make_prior(args, data, run):
     """→ the frozen ViT whose attention guides the masks: --prior, or on small data a plain MAE's, trained first and kept."""

@@ -709,6 +709,12 @@ def check_ratio(args):
     if not (0 < args.mask_ratio < 1 and int(rows * columns * (1 - args.mask_ratio))):
         raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of {rows * columns}")
 
+def build(args, attention=Attention):
+    """→ encoder and decoder as the options say, with the weights that --seed gives."""
+    torch.manual_seed(args.seed)
+    encoder = ViT(args.size, args.patch, args.channels, **args.vit, attention=attention)
+    return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
+
 def schedule(step, warmup, total):
     """Share of the peak learning rate at a step: up in a straight line over `warmup` steps, then down half a cosine to 0."""
     if step < warmup:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from common import (VITS, Batches, Decoder, Judge, Problem, Run, ViT, adamw, check_ratio, count, decoder_of, entry, finish, fit,
+from common import (VITS, Batches, Judge, Problem, Run, ViT, adamw, build, check_ratio, count, decoder_of, entry, finish, fit,
                     keep_lowest, labelled, load_decoder, load_encoder, measure, open_data, patchify, pixel_loss, save_sheet,
                     settings, shared_options, take, unpatchify, vit_of, weights_in, with_contrast)
 
@@ -94,12 +94,6 @@ class MAE(nn.Module):
         return [unpatchify(patches * (1 - mask) + fill * mask, self.encoder.patch, self.encoder.size) for fill in (0, prediction)]
 
 # ---------------------------------------------------------------------------------------------------------------- training
-
-def build(args):
-    """→ encoder and decoder as the options say, with the weights that --seed gives."""
-    torch.manual_seed(args.seed)
-    encoder = ViT(args.size, args.patch, args.channels, **args.vit)
-    return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
 
 def pretrain(args):
     """--task pretrain: hides, reconstructs, and in the end draws and measures."""

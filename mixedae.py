@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Attention, Batches, Decoder, Problem, Run, ViT, adamw, entry, fit, open_data, patchify, pixel_loss,
+from common import (Attention, Batches, Problem, Run, adamw, build, entry, fit, open_data, patchify, pixel_loss,
                     save_sheet, settings, shared_options, take, unpatchify, with_contrast)
 
 # ------------------------------------------------------------------------------------------------------------------ mixing
@@ -48,7 +48,7 @@ class HomologousAttention(Attention):
     The class token itself sees every key (our choice). Which keys are chosen has no gradient, so that is found without one, and
     the attention among the chosen is the usual fused kernel. With top = None it is plain attention, of the same parameters.
     So a head may settle on the keys of one wrong picture, and the loss hardly pulls it back. Under the usual start, where q·k of
-    two equal tokens is as often negative as positive, that is a lottery; `build` starts keys as copies of queries (our choice).
+    two equal tokens is as often negative as positive, that is a lottery; hence `copy_keys`.
     `accuracy` (H,) is the share of chosen keys that are of the query's own picture, if every `top` tokens in turn are of one.
     """
 
@@ -159,14 +159,11 @@ class MixedAE(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------- training
 
-def build(args):
-    """→ encoder and decoder as the options say, with the weights that --seed gives."""
-    torch.manual_seed(args.seed)
-    encoder = ViT(args.size, args.patch, args.channels, **args.vit, attention=HomologousAttention)
-    for block in encoder.blocks if args.homologous_attention else ():
+def copy_keys(encoder):
+    """Starts keys as copies of queries: what is most similar to a token is then what is most like it (our choice)."""
+    for block in encoder.blocks:
         queries, keys, _ = block.attn.qkv.weight.data.chunk(3)
-        keys.copy_(queries)                                                                 # most similar: most alike
-    return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
+        keys.copy_(queries)
 
 def pretrain(args):
     """Mixes, reconstructs, and in the end draws."""
@@ -176,7 +173,9 @@ def pretrain(args):
                       "--batch, --micro-batch or --crops")
     train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
     args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
-    encoder, decoder = build(args)
+    encoder, decoder = build(args, HomologousAttention)
+    if args.homologous_attention:
+        copy_keys(encoder)
     optimizer = adamw(model := MixedAE(encoder, decoder, args.norm_pixels, args.members, args.mixing == "full", args.segments,
                                        args.homologous_attention, args.contrastive_weight * args.contrastive), args.weight_decay)
     wrapped = run.wrap(model)                                                               # device, torch.compile, DDP

@@ -30,8 +30,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from common import (Batches, Decoder, Judge, Problem, Run, ViT, adamw, check_ratio, decoder_of, entry, fit, keep_lowest, labelled,
-                    load_decoder, load_encoder, measure, open_data, pixel_loss, read_checkpoint, save_sheet, settings,
+from common import (Batches, Decoder, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, fit, keep_lowest,
+                    labelled, load_decoder, load_encoder, measure, open_data, pixel_loss, read_checkpoint, save_sheet, settings,
                     shared_options, take, unpatchify, vit_of, weights_in)
 
 # ------------------------------------------------------------------------------------------------------- masks, data and losses
@@ -205,12 +205,6 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 # ---------------------------------------------------------------------------------------------------------------- training
-
-def build(args):
-    """→ encoder and decoder of the augmentor as the options say, with the weights that --seed gives."""
-    torch.manual_seed(args.seed)
-    encoder = ViT(args.size, args.patch, args.channels, **args.vit)
-    return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
 
 def pretrain(args):
     """Trains the augmentor: MAE with pixel targets, in the paper three quarters hidden."""

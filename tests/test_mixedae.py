@@ -6,7 +6,6 @@ import math
 import re
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -608,7 +607,7 @@ def fresh():
     """Encoder and decoder as RUN starts with them."""
     args = common.fit(common.settings(mixedae.options(), lambda args, kind: mixedae.PRESETS[kind], RUN))
     args.channels = 3
-    return mixedae.build(args)
+    return common.build(args, mixedae.HomologousAttention)
 
 def test_mae_judges_the_encoder_unchanged(uninterrupted, tmp_path, cli, monkeypatch):
     make, found = mae.features, []
@@ -754,13 +753,11 @@ def test_every_option_of_the_design_is_there_and_help_is_grouped(cli):
 # ------------------------------------------------------------------------------------------------------- what the issue asks
 
 @pytest.mark.parametrize("homologous", [True, False])
-def test_keys_start_as_copies_of_queries_if_they_are_chosen_by_likeness(homologous, monkeypatch):
-    found = []
-    monkeypatch.setattr(mixedae, "pretrain", lambda args: found.append(vars(args) | dict(channels=3)))
-    mixedae.main(SMALL + ["--no-homologous-attention"] * (not homologous))
-    args = SimpleNamespace(**found[0])
-    encoder, _ = mixedae.build(args)
-    plain, _ = mae.build(args)                                                           # everything else is as MAE's
+def test_keys_start_as_copies_of_queries_if_they_are_chosen_by_likeness(homologous, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixedae, "MixedAE", lambda encoder, *rest: (_ for _ in ()).throw(InterruptedError(encoder)))
+    with pytest.raises(InterruptedError) as stopped:
+        mixedae.main([*RUN, "--out", str(tmp_path)] + ["--no-homologous-attention"] * (not homologous))
+    (encoder,), (plain, _) = stopped.value.args, fresh()                                 # everything else is as MAE's
     for name, value in plain.state_dict().items():
         if name.endswith("qkv.weight") and homologous:
             queries, keys, values = encoder.state_dict()[name].chunk(3)
