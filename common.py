@@ -356,7 +356,7 @@ class Files(Pictures):
                 break
             except (RuntimeError, OSError):
                 image = torch.zeros(3, *self.size, dtype=torch.uint8)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)                                           # torch.manual_seed takes half a ms
         views = torch.stack([self.transform(image) for _ in range(self.crops)])             # of one decoding
         return views, self.labels[j % len(self)], seed, -1 if i == j else i
 
