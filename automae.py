@@ -4,7 +4,7 @@ Patches differ in what they tell, so hiding all of them alike wastes effort on e
 picture, which patches to hide. A frozen transformer's attention says where something is; a small generator turns that into a
 probability for each patch; a discriminator pulls it towards masks that look like an object's box; and the reconstruction loss,
 which reaches the generator through the sampled mask, keeps the task from becoming impossible. Highlighted patches are hidden more
-often, never surely. The encoder and decoder are MAE's, and only they remain in the end.
+often. The encoder and decoder are MAE's, and only they remain in the end.
 
     images ─► frozen ViT ─► attention ─► GENERATOR ─► probability ─► Gumbel ─► guide ─┬─► DISCRIMINATOR: like a box, or not?
     (B,C,H,W)               (B,H,N)                   (B,N)                    (B,N)  │

@@ -30,7 +30,7 @@ def main():
     images = (pictures.images - mean) / std                                                 # (8, 3, 64, 64)
     patches, size = common.patchify(images, encoder.patch), encoder.size                    # (8, N, P·P·C)
     pixels = lambda x: ((common.unpatchify(x, encoder.patch, size) if x.ndim == 3 else x) * std + mean).clamp(0, 255).byte()
-    light = lambda x: 255 * common.unpatchify((x / x.amax(1, keepdim=True))[..., None].expand_as(patches), encoder.patch, size)
+    light = lambda x: 255 * common.unpatchify((x / x.amax(1, True)).sqrt()[..., None].expand_as(patches), encoder.patch, size)
 
     masked, painted = mae.MAE(encoder, decoder, norm_pixels=False).eval().paint(images)
     rows = {"pictures": pictures.images, "MAE hides three quarters of the patches": pixels(masked),
