@@ -845,6 +845,7 @@ class Run:
             if isinstance(part, Block):
                 part.again = True
         if self.args.compile or (self.args.compile is None and self.device.type == "cuda"):
+            torch._dynamo.config.recompile_limit = 64                                       # which counts all models together
             # MixedAE's blocks note what they chose, to no harm also when they are computed again
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             model.compile(dynamic=False)
