@@ -135,7 +135,8 @@ class MixedAE(nn.Module):
         tokens = self.encoder.embed(images).repeat(self.turns, 1, 1)                        # (B, N, D) patches with positions
         tokens = take(tokens, shuffle[:, :self.own]).unflatten(0, (-1, self.group))         # (G, M, n, D) each its own places
         if self.segments:
-            tokens = tokens + self.segments["segment_token"]                                # (M, 1, D) one for each picture
+            segment = self.segments["segment_token"]                                        # (M, 1, D) one for each picture
+            tokens = tokens + (segment - segment.mean(0))                                   # 0 on average, as later (ours)
         return tokens.flatten(1, 2), shuffle
 
     def forward(self, images, noise=None):
