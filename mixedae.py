@@ -117,8 +117,9 @@ class MixedAE(nn.Module):
             raise Problem(f"{self.places} patches do not divide among {members} pictures, two or more for each: change --size, "
                           "--patch or --mix-ratio")
         self.own = self.places // members                                                   # n
-        # Segments start large (our choice): with MAE's usual 0.02 the first epoch goes as without any.
-        self.segments = nn.ParameterDict({"segment_token": 0.5 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
+        # Our choice between 0.02, MAE's usual start, with which the first epoch goes as without any, and 0.5, with which more
+        # keys are chosen rightly but the encoder is worth less without segments (README).
+        self.segments = nn.ParameterDict({"segment_token": 0.1 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
         for block in encoder.blocks:
             if homologous and not isinstance(block.attn, HomologousAttention):
                 raise Problem("the encoder is to be a ViT(…, attention=HomologousAttention)")
