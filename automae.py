@@ -146,7 +146,7 @@ def make_prior(args, data, run):
 
         path = run.after(first, "prior.pt", (
             "data", "size", "patch", "vit", "limit", "seed", "epochs", "batch", "lr", "warmup", "weight_decay", "crop",
-            "mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads", "norm_pixels"), make)
+            "crops", "mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads", "norm_pixels"), make)
     prior = ViT(**vit_of(path) | dict(size=args.size))
     if prior.channels != args.channels:
         raise Problem(f"the prior is for pictures of {prior.channels} channel(s), these have {args.channels}")
@@ -307,7 +307,8 @@ def options():
     add["model"]("--pseudo-masks", choices=("paper", "matched"), help="boxes for the discriminator: the paper's, or with "
                  "the guides' own noise, smaller and clearer, for small pictures and short runs (paper)")
     add["model"]("--attention", choices=("last", "all"), help="blocks of the prior whose attention the generator sees (last)")
-    add["model"]("--two-stage", action="store_true", help="the generator learns from the discriminator alone (off)")
+    add["model"]("--two-stage", action=argparse.BooleanOptionalAction, default=False, help="the generator learns from the "
+                 "discriminator alone (off)")
     add["model"]("--prior", help="checkpoint with the pre-trained ViT for the attention (MAE, ViT-B, 800 epochs)")
     add["model"]("--prior-epochs", type=int, help="epochs of the plain MAE that is trained first when there is no --prior")
     return parser
@@ -316,7 +317,7 @@ def main(arguments=None):
     args = fit(settings(options(), lambda args, kind: PRESETS[kind], arguments))
     check_ratio(args)
     for name, kinds in (("prior", ("learned", "attention")), ("two_stage", ("learned",))):
-        if getattr(args, name) and args.masking not in kinds:
+        if getattr(args, name) and args.masking not in kinds and not args.resume:
             raise Problem(f"--{name.replace('_', '-')} goes with --masking {' or '.join(kinds)}")
     pretrain(args)
 

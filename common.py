@@ -1,7 +1,7 @@
 """What the four scripts share: patches, a vision transformer, data, and a run. Whoever copies a script takes this file along.
 
-It knows no method: masking, mixing and the models live in the scripts. Letters in shapes: B batch, N patches, n visible
-patches, D width, H heads, P patch side, C channels, T tokens, M pictures in a data set.
+It knows no method's mathematics: masking, mixing and the models live in the scripts. Letters in shapes: B batch, N patches, n
+visible patches, D width, H heads, P patch side, C channels, T tokens, M pictures in a data set.
 """
 
 import difflib, hashlib, json, math, os, signal, sys, time
@@ -139,6 +139,7 @@ def start_weights(module):
         nn.init.zeros_(module.bias)
 
 def fixed_positions(dim, grid):
+    """→ positions (1, 1+N, dim) that do not learn, the class token's first."""
     table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, grid)])                   # the class token's row is zero
     return nn.Parameter(table[None], requires_grad=False)                                   # (1, 1+N, D)
 
@@ -405,6 +406,7 @@ def open_data(name=None, root="data", size=64, seed=0, limit=None):
     return parts
 
 def torchvision_part(name, root, held_out):
+    """→ the training or `held_out` pictures of a torchvision data set, downloaded if need be. Raises Problem if that fails."""
     split = {"split": SPLITS.get(name, ("train", "test"))[held_out]} if name in {*SPLITS, *DECODED} else {"train": not held_out}
     try:
         source = getattr(torchvision.datasets, (IN_MEMORY | DECODED)[name])(root, download=True, **split)
@@ -637,7 +639,8 @@ def shared_options(script, description, paper=None):
     add["run"]("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
     add["run"]("--overwrite", action="store_true", help="start again in a folder that holds a run")
     add["run"]("--save-every", type=float, default=30.0, help="seconds between checkpoints, at least (30)")
-    add["run"]("--checkpoint-blocks", action="store_true", help="less memory: compute blocks again in the backward pass (off)")
+    add["run"]("--checkpoint-blocks", action=BooleanOptionalAction, default=False, help="less memory: a transformer's blocks are "
+               "computed again in the backward pass (off)")
     add["run"]("--device", help="cuda, cpu … (cuda if there is one)")
     add["run"]("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (bf16 on GPUs that have it; CPUs fp32)")
     add["run"]("--compile", action=BooleanOptionalAction, help="torch.compile the model (on GPUs)")
@@ -665,6 +668,7 @@ def settings(parser, preset, arguments=None):
         except ValueError:
             refuse(f"{out}/args.json is cut off: start again with --overwrite")
     if old:
+        old = {"crops": 1} | old                                                            # which older runs do not name
         parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
         args = parser.parse_args(arguments)
         for name in ("task", "init", "data", "limit", "labels", "size", "batch", "crops", "seed", "weight_decay", "layer_decay",
@@ -779,13 +783,14 @@ class Run:
         args.resume = args.resume and os.path.exists(f"{self.out}/last.pt")                 # else from the start, as it was meant
 
     def claim(self):
+        """Raises Problem when the folder holds a run that is neither to be resumed nor overwritten."""
         there = [name for name in ("last.pt", "best.pt", "log.jsonl", "args.json") if os.path.exists(f"{self.out}/{name}")]
         if self.args.resume and "last.pt" not in there and there != ["args.json"]:
             raise Problem(f"nothing to resume: there is no {self.out}/last.pt")
         if there and not (self.args.resume or self.args.overwrite):
             raise Problem(f"{self.out} holds a run: " + "go on with --resume, " * ("last.pt" in there or there == ["args.json"])
                           + "start again with --overwrite, or name another --out")
-        if os.path.isfile(self.out):
+        if os.path.exists(self.out) and not os.path.isdir(self.out):
             raise Problem(f"--out {self.out} is a file: name a folder")
         os.makedirs(self.out, exist_ok=True)
 
@@ -884,7 +889,7 @@ class Run:
         first.resume = False
         for path in (f"{first.out}/{result}", f"{first.out}/last.pt"):
             if os.path.exists(path):
-                old = read_checkpoint(path).get("args", {})
+                old = {"crops": 1} | read_checkpoint(path).get("args", {})                  # which older runs do not name
                 wrong = [name for name in names if old.get(name) != getattr(first, name)]
                 if wrong and not (self.args.resume or self.args.overwrite and first.out.startswith(f"{self.out}{os.sep}")):
                     raise Problem(f"{first.out} holds a run with another {', '.join(wrong)}: remove it, or name another --out")
@@ -931,6 +936,8 @@ class Run:
                 signal.signal(number, handler)
 
     def after_step(self):
+        """Log, progress and checkpoint: it looks at step `look`, about a second later, saves when it is `due`, and measures speed
+        since `mark`, (time, step) at the epoch's start. A stop that was asked for raises SystemExit with 128 + the signal."""
         if self.scaler.is_enabled():
             self.scaler.update()
         ends, done, now = self.step % self.per_epoch == 0, (self.step - 1) % self.per_epoch + 1, time.time()

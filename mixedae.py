@@ -174,6 +174,8 @@ def pretrain(args):
         raise Problem(f"micro-batches of {run.micro} do not divide into groups of {args.members} different pictures: change "
                       "--batch, --micro-batch or --crops")
     train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    if len(train) < args.members:
+        raise Problem(f"a group wants {args.members} different pictures, and there are {len(train)}")
     args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
     encoder, decoder = build(args, HomologousAttention)
     if args.homologous_attention:

@@ -234,7 +234,7 @@ def make_augmentor(args, run):
     if not path:
         name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
         folder = os.path.join(os.path.dirname(args.out), f"mra-augmentor-{name}")
-        light = args.light | dict(out=folder, seed=0, weight_decay=0.05, norm_pixels=False, micro_batch=None)
+        light = args.light | dict(out=folder, seed=0, weight_decay=0.05, norm_pixels=False, micro_batch=None, crops=1)
         first = Namespace(**vars(args) | light)
         first.epochs = args.augmentor_epochs or first.epochs
 
@@ -284,7 +284,8 @@ def set_up(args, run):
         run.say(f"for comparison without MRA, --augment {rest}:")
         plain = read_checkpoint(run.after(first, "result.pt", (
             "task", "augment", "data", "limit", "labels", "size", "classifier", "seed", "epochs", "batch", "lr", "warmup", "crop",
-            "weight_decay", "imbalance", "unlabelled", "threshold", "ema", "held_out", "ways", "shots", "queries", "episodes"),
+            "crops", "weight_decay", "imbalance", "unlabelled", "threshold", "ema", "held_out", "ways", "shots", "queries",
+            "episodes"),
             lambda first: run.put("baseline/result.pt", result=TASKS[args.task](first), args=vars(first))))["result"]
     run.say(f"--augment {args.augment}:")
     return mra, plain, model, optimizer
@@ -298,10 +299,8 @@ def conclude(result, plain, mra, data, run, args):
         run.write(task=args.task, top1=result, top1_without_mra=plain)
     return result
 
-def learn(wrapped, optimizer, train, mra, run, args, judge=None):
+def learn(wrapped, optimizer, batches, augment, run, judge=None):
     """Trains a classifier on augmented pictures."""
-    change, augment = augmentation(args, mra)
-    batches = Batches(train, run, args.size, args.crop, change)
     for step in run.steps(batches.per_epoch):
         for images, labels, _ in batches.at(step):                                          # (b, C, H, W), (b,) a micro-batch
             with run.autocast():
@@ -323,8 +322,10 @@ def supervised(args):
     wrapped = run.wrap(model)
     run.keep(classifier=model, optimizer=optimizer)
     run.introduce(model, train)
-    judge = Judge(model, val, run, args, max(1, len(train) // args.batch), classifier=model)
-    learn(wrapped, optimizer, train, mra, run, args, judge)
+    change, augment = augmentation(args, mra)
+    batches = Batches(train, run, args.size, args.crop, change)
+    judge = Judge(model, val, run, args, batches.per_epoch, classifier=model)
+    learn(wrapped, optimizer, batches, augment, run, judge)
     result = judge.finish(**by_size(judge, train) if args.imbalance > 1 else {})
     return conclude(result, plain, mra, val, run, args)
 
@@ -344,15 +345,15 @@ def semi(args):
     few.pick((few.labels >= 0).nonzero()[:, 0])
     few.few(args.labels, args.seed)
     mra, plain, model, optimizer = set_up(args, run)
-    mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True).to(run.device)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True).to(run.device)
     wrapped = run.wrap(model)
-    run.keep(classifier=mean.module, mean=mean, model=model, optimizer=optimizer)           # the mean is what is measured
+    run.keep(classifier=averaged.module, mean=averaged, model=model, optimizer=optimizer)           # the mean is what is measured
     run.introduce(model, train)
 
     change, augment = augmentation(args, mra)
     many = Batches(train, run, args.size, args.crop, times=args.unlabelled)
     few = Batches(few, run, args.size, args.crop, steps=args.epochs * many.per_epoch)
-    judge = Judge(mean, val, run, args, many.per_epoch, classifier=mean.module)
+    judge = Judge(averaged, val, run, args, many.per_epoch, classifier=averaged.module)
     for step in run.steps(many.per_epoch):
         for (images, labels, _), (weak, _, _) in zip(few.at(step), many.at(step)):          # (b, C, H, W), (u·b, C, H, W)
             with run.autocast():
@@ -368,7 +369,7 @@ def semi(args):
             run.backward(loss)
             run.log(loss=loss, unlabelled_loss=agreed, sure=sure)
         run.update(optimizer)
-        mean.update_parameters(model)
+        averaged.update_parameters(model)
         judge.after(step)
     return conclude(judge.finish(), plain, mra, val, run, args)
 
@@ -395,7 +396,8 @@ def fewshot(args):
     wrapped = run.wrap(model)
     run.keep(classifier=model, optimizer=optimizer)
     run.introduce(model, train)
-    learn(wrapped, optimizer, train, mra, run, args)
+    change, augment = augmentation(args, mra)
+    learn(wrapped, optimizer, Batches(train, run, args.size, args.crop, change), augment, run)
 
     model.eval()
     torch.manual_seed(args.seed)
@@ -568,7 +570,7 @@ def main(arguments=None):
             near = difflib.get_close_matches(name, AUGMENTS, 1)
             raise Problem(f"--augment {args.augment}: " + (f"did you mean {near[0]}?" if near and name != "none" else
                           f"none, or some of {', '.join(AUGMENTS[1:])} joined by +"))
-    if args.baseline and "mra" not in args.augment.split("+"):
+    if args.baseline and "mra" not in args.augment.split("+") and not args.resume:
         raise Problem(f"--baseline compares with and without mra, which --augment {args.augment} leaves out")
     if args.task == "semi" and {"cutmix", "mixup"} & {*args.augment.split("+")}:
         raise Problem("--task semi compares two views of one picture: no cutmix or mixup there")

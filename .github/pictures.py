@@ -59,9 +59,9 @@ def main():
              pixels(own + prediction * mask[..., None])}
 
     augment = MRA.load(root / "runs/mra-augmentor-scenes/augmentor.pt", mean=mean, std=std)
-    rows |= {"MRA looks where a frozen autoencoder attends to": light(augment.attention(images)).byte(),
+    rows |= {"MRA keeps what a frozen autoencoder attends to most": light(augment.attention(images)).byte(),
              "and paints the rest anew, to train a classifier on": pixels(augment(images))}
     common.save_sheet(root / ".github/methods.png", rows)
 
 if __name__ == "__main__":
-    main()
+    common.entry(main)

@@ -623,6 +623,19 @@ def test_every_option_of_the_design_is_there_and_help_is_grouped(cli):
     assert len(re.findall(r"^\w+:$", output, re.MULTILINE)) >= 4
     assert [mae.options().parse_args(flags).compile for flags in ([], ["--compile"], ["--no-compile"])] == [None, True, False]
 
+def test_a_run_from_before_there_were_crops_goes_on_with_one_and_no_other(pictures, tmp_path, cli):
+    whole, old = tmp_path / "whole", tmp_path / "old"
+    assert cli("--data", pictures, *QUICK, "--out", whole)[0] == 0
+    finish(start(old, "--data", pictures, *QUICK, end=(0, 4, signal.SIGTERM)), 128 + signal.SIGTERM)
+    checkpoint = saved(old)
+    del checkpoint["args"]["crops"]
+    torch.save(checkpoint, old / "last.pt")
+    code, _, errors = cli("--resume", "--crops", 2, "--out", old)
+    assert code == 2 and "the run to resume has --crops 1, not 2" in one_line(errors)
+    code, _, errors = cli("--resume", "--out", old)
+    assert code == 0 and not errors
+    assert_same_training(whole, old)
+
 def test_a_small_run_repeats_and_the_seed_changes_it(pictures, tmp_path, cli):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         code, _, errors = cli("--data", pictures, *QUICK, "--seed", seed, "--out", tmp_path / name)

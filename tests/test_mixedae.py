@@ -508,6 +508,8 @@ def test_places_that_do_not_divide_among_the_members_are_a_problem(grid, members
         tiny(grid, members=members)
 
 BAD = {  # what is wrong: options after the usual ones, and what the line must say
+    "fewer pictures than a group": ("--limit 3", "a group wants 4 different pictures, and there are 3"),
+    "crops that leave fewer pictures than a group": ("--crops 8", "groups of 4 different pictures.*--crops"),
     "a ratio of no whole group": ("--mix-ratio 0.3", "mix-ratio 0.3"),
     "a ratio above a half": ("--mix-ratio 0.75", "mix-ratio 0.75"),
     "ratio 0": ("--mix-ratio 0", "mix-ratio 0"),

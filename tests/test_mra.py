@@ -306,6 +306,13 @@ def uninterrupted(tmp_path_factory):
 def augmentor(uninterrupted):
     return uninterrupted[0].parent / f"mra-augmentor-scenes-{COUNT}" / "augmentor.pt"
 
+def test_with_crops_the_last_weights_are_measured_and_the_augmentor_is_trained_as_without(uninterrupted, tmp_path, cli):
+    shutil.copytree(uninterrupted[0].parent, tmp_path / "there")
+    code, output, errors = cli(*RUN, "--crops", 3, "--no-baseline", "--out", tmp_path / "there" / "crops")
+    assert code == 0 and not errors and "first the augmentor" not in output                 # the one that is there will do
+    epoch, end = [line for line in log_of(tmp_path / "there" / "crops") if "top1" in line][-2:]
+    assert epoch["step"] == end["step"] == 2 * 3 * PER_EPOCH and epoch["top1"] == end["top1"]
+
 def test_three_lines_are_enough(augmentor):
     images = torch.rand(2, 3, 32, 32)
     augment = mra.MRA.load(augmentor, mean=0, std=255)
