@@ -15,8 +15,8 @@ painted, so the object stays, its background is imagined afresh, and so does the
     python mra.py --task semi --labels 4                       few labels, many pictures without; also --task fewshot, occlusion
     torchrun --nproc_per_node=8 mra.py --data /imagenet        the paper's recipe: ResNet-50, the augmentor trained first
 
-Measured, first command (2 cores of an AMD EPYC, torch 2.15, seed 0): 5 min 53 s; accuracy 0.945 without MRA, 0.922 with it: on scenes
-it does not help (README). `low` keeps 0.84 of the foreground as it was, `random` 0.59, `high` 0.28.
+Measured, first command (2 cores of an AMD EPYC, torch 2.15, seed 0): 5 min 53 s; accuracy 0.945 without MRA, 0.922 with it: on
+scenes it does not help (README). `low` keeps 0.84 of the foreground as it was, `random` 0.59, `high` 0.28.
 """
 
 import argparse, copy, difflib, os
