@@ -433,8 +433,8 @@ def test_at_the_threshold_a_picture_counts():
 
 def test_the_unlabelled_batches_are_so_many_times_as_large_and_shared_alike():
     def plan(rank=0, world=1, times=7, count=100, first=0, **how):
-        run = types.SimpleNamespace(args=types.SimpleNamespace(batch=4, epochs=3, seed=7), rank=rank, world=world, micro=1,
-                                    accumulate=4 // world)
+        run = types.SimpleNamespace(args=types.SimpleNamespace(batch=4, epochs=3, seed=7, crops=1), rank=rank, world=world,
+                                    micro=1, accumulate=4 // world)
         batches = common.Batches(range(count), run, 8, 0.5, times=times, **how)
         return batches, steps(batches.plan(first), 4 // world)
     (batches, alone), ranks = plan(), [plan(rank, 4)[1] for rank in range(4)]
