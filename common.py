@@ -1027,7 +1027,7 @@ def entry(main):
     except (Problem, OSError) as error:
         message = error
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: lower --micro-batch, which leaves the result as it is (but for BatchNorm)"
+        message = "the GPU's memory is full: try --checkpoint-blocks, or a lower --micro-batch (other random draws, same batch)"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except SystemExit as stop:
