@@ -27,14 +27,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import (Batches, Problem, Run, ViT, adamw, build, check_ratio, entry, fit, keep_lowest, load_encoder, open_data,
-                    patchify, pixel_loss, save_sheet, settings, shared_options, take, unpatchify, vit_of, with_contrast)
+from common import (Batches, Problem, Run, ViT, adamw, build, check_ratio, entry, fit, keep_lowest, load_data, load_encoder,
+                    patchify, pixel_loss, save_sheet, settings, shared_options, take, unpatchify, visible, vit_of,
+                    with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 
 class Prior(nn.Module):
     """A frozen, pre-trained ViT: images (B, C, H, W) → where its last block's class token looks, (B, H, N), without gradient;
-    with `every` the maps of all blocks, (B, depth·H, N)."""
+    with `every` the maps of all blocks, (B, depth·H, N). `maps` is how many come out."""
 
     def __init__(self, vit, every=False):
         super().__init__()
@@ -43,13 +44,7 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        if not self.every:
-            return self.vit.attention_map(images)
-        x, maps = self.vit.with_class(self.vit.embed(images)), []
-        for k, block in enumerate(self.vit.blocks):
-            x = self.vit.blocks[k - 1](x) if k else x                                       # (B, 1+N, D) the last is not needed
-            maps.append(block.attn.weights(block.norm1(x), 1)[:, :, 0, 1:])
-        return torch.cat(maps, dim=1)
+        return self.vit.attention_map(images, self.every)
 
 class Generator(nn.Module):
     """Attention (B, H, N) → log-probability of being highlighted for each patch (B, N), by two convolutions."""
@@ -118,11 +113,11 @@ class AutoMAE(nn.Module):
     def forward(self, images, highlighted, noise, mask_ratio=0.75):
         """images (B, C, H, W), highlighted and noise (B, N) → loss (), prediction (B, N, P·P·C), mask (B, N), 1 where hidden.
 
-        Of every picture int(N·(1 − mask_ratio)) patches stay visible, those of lowest score. The tokens are multiplied by 1, but
+        Of every picture `visible(N, mask_ratio)` patches stay visible, those of lowest score. The tokens are multiplied by 1, but
         by a 1 whose gradient goes to the score: that is how the loss tells the generator what it did.
         """
         score = noise + self.mask_factor * highlighted                                      # (B, N)
-        keep, restore, mask = keep_lowest(score.detach(), int(score.shape[1] * (1 - mask_ratio)))   # (B, n), (B, N), (B, N)
+        keep, restore, mask = keep_lowest(score.detach(), visible(score.shape[1], mask_ratio))      # (B, n), (B, N), (B, N)
         tokens = self.encoder.embed(images)                                                 # (B, N, D) patches with positions
         tokens = tokens * (1 + (score - score.detach()))[..., None]                         # (B, N, D) the same values
         latent = self.encoder.encode(take(tokens, keep))                                    # (B, 1+n, D) only what is visible
@@ -144,7 +139,7 @@ def make_prior(args, data, run):
             run.say(f"first a plain MAE, {first.epochs} epochs, whose attention guides the masks; kept in {first.out}/prior.pt")
             pretrain(first, data)
 
-        path = run.after(first, "prior.pt", (
+        path = run.prepare(first, "prior.pt", (
             "data", "size", "patch", "vit", "limit", "seed", "epochs", "batch", "lr", "warmup", "weight_decay", "crop",
             "crops", "mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads", "norm_pixels"), make)
     prior = ViT(**vit_of(path) | dict(size=args.size))
@@ -159,8 +154,8 @@ def propose(masking, generator, attention, masks, noise, grid, n):
     """→ probability (b, N) for the log, and guide (b, N): with `learned` masking a random distribution over the patches, with a
     gradient; for the others 1 where it is highlighted, else 0: the n places of most attention, the object's box, or nothing."""
     if masking == "learned":
-        chance = generator(attention)                                                       # (b, N) log-probability
-        return chance.detach().exp(), F.gumbel_softmax(chance, tau=1.0)
+        logits = generator(attention)                                                       # (b, N) log-probability
+        return logits.detach().exp(), F.gumbel_softmax(logits, tau=1.0)
     if masking == "attention":
         return attention.mean(1), highlight(attention.mean(1), n)
     if masking == "random":
@@ -171,9 +166,9 @@ def propose(masking, generator, attention, masks, noise, grid, n):
     box = (spans[0][:, :, None] * spans[1][:, None]).flatten(1)                             # rows × columns that it spans
     return box / box.sum(1, keepdim=True).clamp(min=1), box                                 # a crop may hold no object
 
-def discriminator_loss(critic, guide, grid, matched=False):
+def discriminator_loss(discriminator, guide, grid, matched=False):
     """Least squares: boxes should score 1, guides (b, N) should score 0."""
-    scores = critic(torch.cat([boxes(len(guide), grid, guide.device, matched), guide.detach()]))
+    scores = discriminator(torch.cat([boxes(len(guide), grid, guide.device, matched), guide.detach()]))
     real, fake = scores.chunk(2)
     return ((real - 1).square().mean() + fake.square().mean()) / 2
 
@@ -194,30 +189,30 @@ def foreground_facts(probability, attention, mask, masks, grid):
 def pretrain(args, data=None):
     """Trains and → the encoder. With `data` it is the plain MAE for the prior, and draws nothing."""
     run = Run(args)
-    train, val = data or run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    train, val = data or load_data(args, run)
     if args.masking == "boxes" and getattr(train, "masks", None) is None:
         raise Problem("--masking boxes needs data that knows where its objects are: scenes")
-    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
     learned, matched, prior = args.masking == "learned", args.pseudo_masks == "matched", None
     if args.masking in ("learned", "attention"):
         prior = run.wrap(make_prior(args, (train, val), run))
     encoder, decoder = build(args)
     generator = Generator(prior.maps, encoder.grid) if learned else None
-    critic = Discriminator(encoder.grid, matched) if learned else None
+    discriminator = Discriminator(encoder.grid, matched) if learned else None
     model = AutoMAE(encoder, decoder, args.norm_pixels, generator, args.mask_factor)
     optimizer = adamw(nn.ModuleList([encoder, decoder]), args.weight_decay)
     for group in adamw(generator, args.weight_decay).param_groups if learned else ():       # ours: slower than its judge
         optimizer.add_param_group(group | dict(lr_scale=0.2 if matched else 1.0))
     wrapped, places = run.wrap(model), encoder.grid[0] * encoder.grid[1]                    # device, torch.compile, DDP
     if learned:
-        wrapped_critic, critic_optimizer = run.wrap(critic), torch.optim.Adam(critic.parameters(), betas=(0.9, 0.95))
-        run.keep(encoder=encoder, decoder=decoder, generator=generator, discriminator=critic, optimizer=optimizer,
-                 discriminator_optimizer=critic_optimizer)                                  # in last.pt
+        wrapped_discriminator = run.wrap(discriminator)
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.9, 0.95))
+        run.keep(encoder=encoder, decoder=decoder, generator=generator, discriminator=discriminator, optimizer=optimizer,
+                 discriminator_optimizer=discriminator_optimizer)                           # in last.pt
     else:
         run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)
     run.introduce(model, train)
 
-    batches, n = Batches(train, run, args.size, args.crop), int(places * (1 - args.mask_ratio))
+    batches, n = Batches(train, run, args.size, args.crop), visible(places, args.mask_ratio)
     for step in run.steps(batches.per_epoch):
         ready = []
         for images, _, masks in batches.at(step):                                           # (b, C, H, W) a micro-batch
@@ -227,19 +222,19 @@ def pretrain(args, data=None):
                 probability, guide = propose(args.masking, generator, attention, masks, noise, encoder.grid, n)
             ready.append((images, masks, noise, attention, probability, guide))
             if learned:
-                critic.train(len(ready) == 1)                                               # one power iteration a step
+                discriminator.train(len(ready) == 1)                                        # one power iteration a step
                 with run.autocast():
-                    loss = discriminator_loss(wrapped_critic, guide, encoder.grid, matched)
+                    loss = discriminator_loss(wrapped_discriminator, guide, encoder.grid, matched)
                 run.backward(loss)
                 run.log(discriminator_loss=loss)
         if learned:
-            run.update(critic_optimizer)
-            critic.eval().requires_grad_(False)                                             # from here on it only judges
+            run.update(discriminator_optimizer)
+            discriminator.eval().requires_grad_(False)                                      # from here on it only judges
         for images, masks, noise, attention, probability, guide in run.each(ready):
             highlighted = highlight(guide.detach() if args.two_stage else guide, n) if learned else guide
             with run.autocast():
                 loss, _, mask = wrapped(images, highlighted, noise, args.mask_ratio)
-                fooled = (critic(guide) - 1).square().mean() if learned else torch.zeros_like(loss)
+                fooled = (discriminator(guide) - 1).square().mean() if learned else torch.zeros_like(loss)
             run.backward(loss + args.adversarial_weight * fooled)
             run.log(loss=loss)
             if learned:                                                                     # how much masks differ, 0: all alike
@@ -248,7 +243,7 @@ def pretrain(args, data=None):
                 run.log(**foreground_facts(probability, attention, mask, masks, encoder.grid))
         run.update(optimizer)
         if learned:
-            critic.requires_grad_(True)
+            discriminator.requires_grad_(True)
 
     if data:
         run.put("prior.pt", encoder=encoder.state_dict(), args=vars(args))
@@ -263,7 +258,7 @@ def draw(model, prior, data, run, args, count=10):
     images, _, masks = next(data.stream([(index, 0)], run, args.size))
     torch.manual_seed(args.seed)
     noise, grid = torch.rand(len(images), model.encoder.grid[0] * model.encoder.grid[1], device=run.device), model.encoder.grid
-    n, rows, attention = int(noise.shape[1] * (1 - args.mask_ratio)), {}, prior(images) if prior else None
+    n, rows, attention = visible(noise.shape[1], args.mask_ratio), {}, prior(images) if prior else None
     shown = lambda x: (x / x.amax(1, keepdim=True))[..., None].expand(-1, -1, args.patch ** 2 * args.channels) * 255
     probability, guide = propose(args.masking, model.eval().generator, attention, masks, noise, grid, n)
     if prior:
@@ -313,12 +308,15 @@ def options():
     add["model"]("--prior-epochs", type=int, help="epochs of the plain MAE that is trained first when there is no --prior")
     return parser
 
+ONLY = (  # options that do something with these values of another only
+    ("masking", "learned", "two_stage adversarial_weight pseudo_masks"),
+    ("masking", "learned attention", "prior prior_epochs attention"),
+    ("masking", "learned attention boxes", "mask_factor"),
+)
+
 def main(arguments=None):
-    args = fit(settings(options(), lambda args, kind: PRESETS[kind], arguments))
+    args = fit(settings(options(), lambda args, kind: PRESETS[kind], arguments, ONLY))
     check_ratio(args)
-    for name, kinds in (("prior", ("learned", "attention")), ("two_stage", ("learned",))):
-        if getattr(args, name) and args.masking not in kinds and not args.resume:
-            raise Problem(f"--{name.replace('_', '-')} goes with --masking {' or '.join(kinds)}")
     pretrain(args)
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ def take(tokens, index):
     """tokens (B, N, D), index (B, n) → (B, n, D): each picture its own choice of tokens."""
     return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
+def visible(places, mask_ratio):
+    """→ how many of so many patches stay visible: int(N·(1 − mask_ratio)), as in MAE's code."""
+    return int(places * (1 - mask_ratio))
+
 def keep_lowest(scores, n):
     """scores (B, N) → keep (B, n), restore (B, N), mask (B, N): the n lowest scores stay visible, in every picture exactly n.
     `restore` brings tokens in the order visible, hidden back to their places; `mask` is 1 where hidden, 0 where visible."""
@@ -183,10 +187,15 @@ class ViT(nn.Module):
         x = self.encode(self.embed(images))
         return self.head(self.fc_norm(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)))
 
-    def attention_map(self, images):
-        """(B, C, H, W) → (B, H, N): the last block's attention from the class token to the patches."""
-        x = self.blocks[:-1](self.with_class(self.embed(images)))
-        return self.blocks[-1].attn.weights(self.blocks[-1].norm1(x), 1)[:, :, 0, 1:]
+    def attention_map(self, images, every=False):
+        """(B, C, H, W) → (B, H, N): the last block's attention from the class token to the patches; with `every` that of all
+        blocks one after the other, (B, depth·H, N)."""
+        x, maps = self.with_class(self.embed(images)), []
+        for k, block in enumerate(self.blocks):
+            x = self.blocks[k - 1](x) if k else x                                           # (B, 1+N, D) as this block gets it
+            if every or k == len(self.blocks) - 1:
+                maps.append(block.attn.weights(block.norm1(x), 1)[:, :, 0, 1:])
+        return torch.cat(maps, dim=1)
 
 class Decoder(nn.Module):
     """MAE's light decoder, with the released names; grid, patch, channels and input width come from the encoder (section 3).
@@ -404,6 +413,15 @@ def open_data(name=None, root="data", size=64, seed=0, limit=None):
         part.pick(slice(limit))
         part.mean, part.std = parts[0].mean, parts[0].std                                   # what a model is trained with
     return parts
+
+def load_data(args, run):
+    """→ training and validation set (or None) of --data. They are normalised as the pictures that --init was trained on, where
+    that is known; what a checkpoint has to tell of them is put into args: channels, mean, std."""
+    train, val = run.in_turn(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    for data in filter(None, (train, val) if getattr(args, "mean", None) else ()):
+        data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
+    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
+    return train, val
 
 def torchvision_part(name, root, held_out):
     """→ the training or `held_out` pictures of a torchvision data set, downloaded if need be. Raises Problem if that fails."""
@@ -646,9 +664,10 @@ def shared_options(script, description, paper=None):
     add["run"]("--compile", action=BooleanOptionalAction, help="torch.compile the model (on GPUs)")
     return parser, add
 
-def settings(parser, preset, arguments=None):
+def settings(parser, preset, arguments=None, only=()):
     """Parses the command line. What it leaves open comes from the run to resume, else from `preset(args, kind)`, a dictionary for
-    the kind of data: scenes, small or imagenet. `--out` is runs/<script>, and with a --task runs/<script>-<task>."""
+    the kind of data: scenes, small or imagenet. `--out` is runs/<script>, and with a --task runs/<script>-<task>. `only` names
+    options that do something only with some values of another, (that one, its values, their names), and else are refused."""
     def refuse(message):
         raise Problem(f"{message} (--help lists the options)")
 
@@ -675,6 +694,10 @@ def settings(parser, preset, arguments=None):
                      "imbalance", "unlabelled", "held_out"):
             if name in old and getattr(args, name) != old[name]:
                 refuse(f"the run to resume has --{name} {old[name]}, not {getattr(args, name)}: leave it out")
+    for option, values, names in only:
+        for name in names.split() if not {*str(getattr(args, option)).split("+")} & {*values.split()} else ():
+            if getattr(args, name) != parser.get_default(name):
+                refuse(f"--{name.replace('_', '-')} does nothing here: it goes with --{option} " + " or ".join(values.split()))
     kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
     given = {name: value for name, value in vars(args).items() if value is not None} | {"out": out}
     args = Namespace(**vars(args) | ({} if old else preset(args, kind)) | given)
@@ -710,7 +733,7 @@ def fit(args):
 def check_ratio(args):
     """Raises Problem unless --mask-ratio leaves some patches visible and hides some."""
     rows, columns = grid_of(pair(args.size), args.patch)
-    if not (0 < args.mask_ratio < 1 and int(rows * columns * (1 - args.mask_ratio))):
+    if not (0 < args.mask_ratio < 1 and visible(rows * columns, args.mask_ratio)):
         raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of {rows * columns}")
 
 def build(args, attention=Attention):
@@ -794,7 +817,7 @@ class Run:
             raise Problem(f"--out {self.out} is a file: name a folder")
         os.makedirs(self.out, exist_ok=True)
 
-    def first(self, make):
+    def in_turn(self, make):
         """→ make(), called on each machine by one process before the others: it may download or write something."""
         if self.local:
             dist.barrier()
@@ -882,7 +905,7 @@ class Run:
         if self.rank == 0:
             write_whole(f"{self.out}/args.json", lambda file: file.write(json.dumps(vars(self.args), indent=1).encode()))
 
-    def after(self, first, result, names, make):
+    def prepare(self, first, result, names, make):
         """Sees to it that another run, with the options `first`, has left the file `result` in its folder: make(first) starts it,
         or goes on with it. → the file's path. Raises Problem when what is there was made with others of these options (`names`),
         unless --overwrite drops the folder with this run's own; a run that is resumed takes what there is."""
@@ -1051,7 +1074,7 @@ def entry(main):
 def labelled(run, args, few=None, all_=False):
     """→ training and validation set, each with labels; of the first only `few` pictures of each class, if that is given, or with
     `all_` also those without a label. Raises Problem when there are no two classes to tell apart."""
-    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    train, val = load_data(args, run)
     if val is None or len(set(train.labels.tolist()) - {-1}) < 2:
         raise Problem(f"--task {args.task} needs labelled pictures of two classes or more: train/CLASS/… and val/CLASS/… in a "
                       f"folder, or a torchvision name" + f"; --limit {args.limit} leaves these only" * bool(args.limit))
@@ -1059,13 +1082,10 @@ def labelled(run, args, few=None, all_=False):
         train.pick((train.labels >= 0).nonzero()[:, 0])
     if few:
         train.few(few, args.seed)
-    for data in (train, val) if args.mean else ():                                          # of what the encoder was trained on
-        data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
-    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
     args.classes = [str(name) for name in train.classes]
     return train, val
 
-def count(scores, labels):
+def tally(scores, labels):
     """Scores (b, K), labels (b,) → confusion (K, K), truth in rows and answers in columns, and how often (1,) the truth was among
     the five highest scores (of all K where there are fewer)."""
     classes = scores.shape[1]
@@ -1084,7 +1104,7 @@ def measure(model, data, run, args):
     for images, labels, _ in data.stream(((part, 0) for part in index.split(run.micro)), run, args.size):
         with run.autocast():
             scores = model(images)
-        for total, part in zip(sums, count(scores, labels)):
+        for total, part in zip(sums, tally(scores, labels)):
             total += part
     for total in sums if run.world > 1 else ():
         dist.all_reduce(total)
@@ -1104,7 +1124,7 @@ def finish(top1, top5, confusion, classes, run, args, **more):
         worst = sorted((share, name) for share, name in zip(right, names) if share is not None)[:5]
         run.say("least often right: " + ", ".join(f"{name} {share:.2f}" for share, name in worst))
     if not all(seen):
-        run.say("no validation pictures of: " + ", ".join(name for name, count in zip(names, seen) if not count))
+        run.say("no validation pictures of: " + ", ".join(name for name, pictures in zip(names, seen) if not pictures))
     run.write(step=run.step, task=args.task, top1=top1, top5=top5, **more, class_accuracy=right)
 
 class Judge:
@@ -1117,8 +1137,8 @@ class Judge:
         if args.resume and os.path.exists(f"{run.out}/best.pt"):
             self.best = read_checkpoint(f"{run.out}/best.pt")["top1"]
 
-    def after(self, step):
-        """To be called after each step; measures at the end of an epoch, or of several where epochs are short."""
+    def after_step(self, step):
+        """Measures at the end of an epoch, or of several where epochs are short."""
         epoch, rest = divmod(step + 1, self.per_epoch)
         if rest == 0 and (epoch % self.pause == 0 or epoch == self.args.epochs):
             self.run.check()                                                                # best.pt never holds a NaN

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from common import (VITS, Batches, Judge, Problem, Run, ViT, adamw, build, check_ratio, count, decoder_of, entry, finish, fit,
-                    keep_lowest, labelled, load_decoder, load_encoder, measure, open_data, patchify, pixel_loss, save_sheet,
-                    settings, shared_options, take, unpatchify, vit_of, weights_in, with_contrast)
+from common import (VITS, Batches, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, finish, fit,
+                    keep_lowest, labelled, load_data, load_decoder, load_encoder, measure, patchify, pixel_loss, save_sheet,
+                    settings, shared_options, take, tally, unpatchify, visible, vit_of, weights_in, with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 # Each kind of mask is a score for every patch; the n lowest scores of a picture stay visible. So all kinds hide exactly as many.
@@ -71,10 +71,10 @@ class MAE(nn.Module):
     def forward(self, images, mask_ratio=0.75, noise=None):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N), 1 where hidden.
 
-        Of every picture int(N·(1 − mask_ratio)) patches stay visible: those where `noise` (B, N) is lowest, if it is given.
+        Of every picture `visible(N, mask_ratio)` patches stay visible: those where `noise` (B, N) is lowest, if it is given.
         """
         scores = self.scores(len(images), self.encoder.grid, images.device) if noise is None else noise
-        keep, restore, mask = keep_lowest(scores, int(scores.shape[1] * (1 - mask_ratio)))  # (B, n), (B, N), (B, N)
+        keep, restore, mask = keep_lowest(scores, visible(scores.shape[1], mask_ratio))       # (B, n), (B, N), (B, N)
         tokens = self.encoder.embed(images)                                                 # (B, N, D) patches with positions
         latent = self.encoder.encode(take(tokens, keep))                                    # (B, 1+n, D) only what is visible
         prediction = self.decoder(latent, restore)                                          # (B, N, P·P·C) every place
@@ -98,8 +98,7 @@ class MAE(nn.Module):
 def pretrain(args):
     """--task pretrain: hides, reconstructs, and in the end draws and measures."""
     run = Run(args)
-    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
-    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
+    train, val = load_data(args, run)
     encoder, decoder = build(args)
     optimizer = adamw(model := MAE(encoder, decoder, args.norm_pixels, args.masking), args.weight_decay)
     wrapped = run.wrap(model)                                                               # device, torch.compile, DDP
@@ -169,12 +168,12 @@ def report(encoder, train, val, run, args):
     for name, vit in (("trained", encoder), ("untrained", build(args)[0].to(run.device))):
         bank, labels = features(vit.eval(), train, run, args, args.bank)
         queries, truth = features(vit, val, run, args, args.bank // 2 + 1)
-        for judge in (knn, linear):
-            share[judge.__name__, name] = (judge(bank, labels, queries, classes).argmax(1) == truth).float().mean().item()
-    for judge in ("linear", "knn"):
-        run.say(f"{judge} accuracy of the frozen features: {share[judge, 'trained']:.3f}, before training "
-                f"{share[judge, 'untrained']:.3f}, chance {1 / classes:.3f}")
-    run.write(step=run.step, epoch=args.epochs, **{f"{judge}_{name}": value for (judge, name), value in share.items()})
+        for method in (knn, linear):
+            share[method.__name__, name] = (method(bank, labels, queries, classes).argmax(1) == truth).float().mean().item()
+    for method in ("linear", "knn"):
+        run.say(f"{method} accuracy of the frozen features: {share[method, 'trained']:.3f}, before training "
+                f"{share[method, 'untrained']:.3f}, chance {1 / classes:.3f}")
+    run.write(step=run.step, epoch=args.epochs, **{f"{method}_{name}": value for (method, name), value in share.items()})
 
 class LARS(torch.optim.Optimizer):
     """SGD with momentum in which a weight matrix moves by a fixed share of its own length (appendix A.1, after 1708.03888):
@@ -253,7 +252,7 @@ def classify(args):
             run.backward(loss)
             run.log(loss=loss)
         run.update(optimizer)
-        judge.after(step)
+        judge.after_step(step)
     judge.finish()
 
 def nearest(args):
@@ -267,26 +266,21 @@ def nearest(args):
     if run.rank == 0:
         bank, labels = features(encoder.to(run.device).eval(), train, run, args)
         queries, truth = features(encoder, val, run, args)
-        confusion, five = count(knn(bank, labels, queries, len(train.classes)), truth)
+        confusion, five = tally(knn(bank, labels, queries, len(train.classes)), truth)
         finish(confusion.diag().sum().item() / len(truth), five.item() / len(truth), confusion, train.classes, run, args)
 
 def reconstruct(args):
     """--task reconstruct: draws what a pre-trained model makes of pictures."""
     run = Run(args)
-    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
-    data = val or train
-    if data.channels != args.channels:
-        raise Problem(f"{args.init} was trained on pictures of {args.channels} channel(s), these have {data.channels}")
+    train, val = load_data(args, run)
     if args.norm_pixels is None:
         run.say("the file does not say what it predicts: drawn as plain pixels; if that is grey noise, give --norm-pixels")
         args.norm_pixels = False
-    if args.mean:                                                                           # of the pictures it was trained on
-        data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
     model = MAE(*build(args), args.norm_pixels, args.masking).to(run.device)
     run.say(load_encoder(model.encoder, args.init))
     run.say(load_decoder(model.decoder, args.init))
     run.keep()
-    draw(model, data, run, args)
+    draw(model, val or train, run, args)
 
 TASKS = {"pretrain": pretrain, "knn": nearest, "probe": classify, "finetune": classify, "reconstruct": reconstruct}
 
@@ -339,34 +333,40 @@ def options():
     add["model"]("--norm-pixels", action=switch, help="predict each patch normalised by its own mean and contrast (on)")
     add["run"]("--bank", type=int, help="labelled pictures that pre-training's accuracy learns from, 0: none (not in the paper)")
 
-    judge = parser.add_argument_group("evaluation; in brackets the paper's fine-tuning of ViT-B").add_argument
-    judge("--task", choices=TASKS, default="pretrain", help="what to do (pretrain)")
-    judge("--init", help="checkpoint with the encoder: of this project, of MAE's release or of timm; left out: from scratch")
-    judge("--eval", action="store_true", help="only measure what --init holds, head included")
-    judge("--labels", type=int, help="labelled pictures of each class to learn from (all)")
-    judge("--train-blocks", type=int, help="fine-tune only so many of the last blocks, and the head (all)")
-    judge("--pool", choices=("cls", "mean"), help="feature: class token or mean patch token (mean; probe of ImageNet cls)")
-    judge("--layer-decay", type=float, help="a layer's learning rate, as a share of the one's above it (0.65; L and H 0.75)")
-    judge("--drop-path", type=float, help="probability that the last block is left out (0.1; L 0.2, H 0.3)")
-    judge("--label-smoothing", type=float, help="share of the target given to all classes alike (0.1)")
-    judge("--mixup", type=float, help="alpha of mixup (0.8)")
-    judge("--cutmix", type=float, help="alpha of cutmix; with both, one of them at random for each micro-batch (1.0)")
-    judge("--erasing", type=float, help="probability that a random rectangle becomes noise (0.25)")
-    judge("--randaugment", type=int, help="magnitude of two random changes to every picture (9)")
-    judge("--min-lr", type=float, help="where the cosine ends (1e-6)")
+    task = parser.add_argument_group("evaluation; in brackets the paper's fine-tuning of ViT-B").add_argument
+    task("--task", choices=TASKS, default="pretrain", help="what to do (pretrain)")
+    task("--init", help="checkpoint with the encoder: of this project, of MAE's release or of timm; left out: from scratch")
+    task("--eval", action="store_true", help="only measure what --init holds, head included")
+    task("--labels", type=int, help="labelled pictures of each class to learn from (all)")
+    task("--train-blocks", type=int, help="fine-tune only so many of the last blocks, and the head (all)")
+    task("--pool", choices=("cls", "mean"), help="feature: class token or mean patch token (mean; probe of ImageNet cls)")
+    task("--layer-decay", type=float, help="a layer's learning rate, as a share of the one's above it (0.65; L and H 0.75)")
+    task("--drop-path", type=float, help="probability that the last block is left out (0.1; L 0.2, H 0.3)")
+    task("--label-smoothing", type=float, help="share of the target given to all classes alike (0.1)")
+    task("--mixup", type=float, help="alpha of mixup (0.8)")
+    task("--cutmix", type=float, help="alpha of cutmix; with both, one of them at random for each micro-batch (1.0)")
+    task("--erasing", type=float, help="probability that a random rectangle becomes noise (0.25)")
+    task("--randaugment", type=int, help="magnitude of two random changes to every picture (9)")
+    task("--min-lr", type=float, help="where the cosine ends (1e-6)")
     return parser
 
+ONLY = (  # options that do something with these values of another only
+    ("task", "pretrain", "bank"),
+    ("task", "pretrain reconstruct", "mask_ratio masking norm_pixels"),
+    ("task", "pretrain probe finetune", "crop crops min_lr"),
+    ("task", "pretrain knn probe finetune", "pool"),
+    ("task", "knn probe finetune reconstruct", "init"),
+    ("task", "knn probe finetune", "labels"),
+    ("task", "probe finetune", "eval label_smoothing mixup cutmix erasing randaugment"),
+    ("task", "finetune", "train_blocks layer_decay drop_path"),
+)
+
 def main(arguments=None):
-    args = fit(settings(options(), preset, arguments))
+    args = fit(settings(options(), preset, arguments, ONLY))
     if args.task == "reconstruct" and not args.init:
         raise Problem("--task reconstruct needs --init, a checkpoint with encoder and decoder")
-    if args.task == "pretrain" and args.init:
-        raise Problem("--init goes with a --task: knn, probe, finetune or reconstruct")
     if args.eval and (args.resume or not args.init):
         raise Problem("--eval measures the classifier in the checkpoint that --init names, without --resume")
-    for name, tasks in (("eval", "probe, finetune"), ("train_blocks", "finetune"), ("labels", "knn, probe, finetune")):
-        if getattr(args, name) not in (None, False) and args.task not in tasks.split(", "):
-            raise Problem(f"--{name.replace('_', '-')} goes with --task {tasks}")
     if args.task in ("pretrain", "reconstruct"):
         check_ratio(args)
     TASKS[args.task](args)

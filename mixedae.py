@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Attention, Batches, Problem, Run, adamw, build, entry, fit, open_data, patchify, pixel_loss,
+from common import (Attention, Batches, Problem, Run, adamw, build, entry, fit, load_data, patchify, pixel_loss,
                     save_sheet, settings, shared_options, take, unpatchify, with_contrast)
 
 # ------------------------------------------------------------------------------------------------------------------ mixing
@@ -173,10 +173,9 @@ def pretrain(args):
     if run.micro % args.members or run.micro // args.crops < args.members:
         raise Problem(f"micro-batches of {run.micro} do not divide into groups of {args.members} different pictures: change "
                       "--batch, --micro-batch or --crops")
-    train, val = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
+    train, val = load_data(args, run)
     if len(train) < args.members:
         raise Problem(f"a group wants {args.members} different pictures, and there are {len(train)}")
-    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
     encoder, decoder = build(args, HomologousAttention)
     if args.homologous_attention:
         copy_keys(encoder)
@@ -259,8 +258,10 @@ def options():
     add["model"]("--norm-pixels", action=switch, help="predict each patch normalised by its own mean and contrast (on)")
     return parser
 
+ONLY = (("contrastive", "True", "contrastive_weight"),)  # options that do something with these values of another only
+
 def main(arguments=None):
-    args = settings(options(), lambda args, kind: PRESETS[kind], arguments)
+    args = settings(options(), lambda args, kind: PRESETS[kind], arguments, ONLY)
     args.size = args.size or (32 if args.data != "stl10" else None)                         # 28 pixels: 7×7 patches, not even
     args = fit(args)
     args.members = round(1 / max(1e-6, args.mix_ratio))

@@ -31,8 +31,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from common import (Batches, Decoder, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, fit, keep_lowest,
-                    labelled, load_decoder, load_encoder, measure, open_data, pixel_loss, read_checkpoint, save_sheet, settings,
-                    shared_options, take, unpatchify, vit_of, weights_in)
+                    labelled, load_data, load_decoder, load_encoder, measure, pixel_loss, read_checkpoint, save_sheet, settings,
+                    shared_options, take, unpatchify, visible, vit_of, weights_in)
 
 # ------------------------------------------------------------------------------------------------------- masks, data and losses
 # A strategy is a score for every patch, from attention (B, N); the lowest scores stay. `low` hides what is least attended to.
@@ -52,8 +52,8 @@ def long_tail(labels, imbalance, seed):
 def fixmatch_loss(weak, strong, threshold=0.95):
     """Logits (B, K) of two views → loss (), share of pictures that counted (): where the weak view is sure, its class is what the
     strong one should say. The mean is over all pictures, also those that do not count (FixMatch, 2001.07685)."""
-    chance, label = weak.detach().softmax(-1).max(-1)
-    sure = (chance >= threshold).float()
+    confidence, label = weak.detach().softmax(-1).max(-1)
+    sure = (confidence >= threshold).float()
     return (F.cross_entropy(strong, label, reduction="none") * sure).mean(), sure.mean()
 
 def episodes(labels, ways, shots, queries, count, seed):
@@ -103,7 +103,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, images, scores, mask_ratio=0.75):
         """images (B, C, H, W), scores (B, N) → loss (), prediction (B, N, P·P·C), mask (B, N), 1 where hidden."""
-        keep, restore, mask = keep_lowest(scores, int(scores.shape[1] * (1 - mask_ratio)))  # (B, n), (B, N), (B, N)
+        keep, restore, mask = keep_lowest(scores, visible(scores.shape[1], mask_ratio))       # (B, n), (B, N), (B, N)
         latent = self.encoder.encode(take(self.encoder.embed(images), keep))                # (B, 1+n, D) only what is visible
         prediction = self.decoder(latent, restore)                                          # (B, N, P·P·C) every place
         return pixel_loss(images, prediction, mask, self.encoder.patch, False), prediction, mask
@@ -111,7 +111,7 @@ class Autoencoder(nn.Module):
 class MRA(nn.Module):
     """A data augmentation: images (B, C, H, W) → images. Needs no labels, learns nothing, and leaves no gradient behind.
 
-    Of each picture N − int(N·(1 − mask_ratio)) patches are painted anew: with `low` those that the frozen encoder's class token
+    Of each picture N − visible(N, mask_ratio) patches are painted anew: with `low` those that the frozen encoder's class token
     attends to least, with `high` most, with `random` any. The others stay as they were, or with `whole` are painted too. It
     happens to each picture with probability `apply`. `mean` and `std` (C,) say how images are normalised, in pixels 0 … 255:
     nothing for the augmentor's own normalisation, 0 and 255 for images of 0 … 1. Results are valid pixels again.
@@ -120,7 +120,7 @@ class MRA(nn.Module):
     def __init__(self, encoder, decoder, strategy="low", mask_ratio=0.4, apply=1.0, whole=False, mean=None, std=None, own=(0, 1)):
         super().__init__()
         self.painter = Autoencoder(encoder, decoder).eval().requires_grad_(False)
-        self.strategy, self.mask_ratio, self.chance, self.whole = STRATEGIES[strategy], mask_ratio, apply, whole
+        self.strategy, self.mask_ratio, self.probability, self.whole = STRATEGIES[strategy], mask_ratio, apply, whole
         own = [torch.as_tensor(numbers, dtype=torch.float32).view(-1, 1, 1) for numbers in own]
         mean, std = (mine if given is None else torch.as_tensor(given, dtype=torch.float32).view(-1, 1, 1)
                      for given, mine in zip((mean, std), own))
@@ -166,7 +166,7 @@ class MRA(nn.Module):
     def forward(self, images):
         attention = self.attention(images)                                                  # (B, N)
         painted, mask = self.paint(images, self.strategy(attention), self.mask_ratio)       # (B, C, H, W), (B, N)
-        anew = torch.rand(len(images), 1, device=images.device) < self.chance               # (B, 1) this picture at all?
+        anew = torch.rand(len(images), 1, device=images.device) < self.probability          # (B, 1) this picture at all?
         return torch.where(self.spread(anew & (mask.bool() | self.whole)), painted, images)
 
 class Classifier(nn.Module):
@@ -209,8 +209,7 @@ class Classifier(nn.Module):
 def pretrain(args):
     """Trains the augmentor: MAE with pixel targets, in the paper three quarters hidden."""
     run = Run(args)
-    train, _ = run.first(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
-    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
+    train, _ = load_data(args, run)
     encoder, decoder = build(args)
     optimizer = adamw(model := Autoencoder(encoder, decoder), args.weight_decay)
     wrapped, places = run.wrap(model), encoder.grid[0] * encoder.grid[1]                    # device, torch.compile, DDP
@@ -242,9 +241,9 @@ def make_augmentor(args, run):
             run.say(f"first the augmentor, {first.epochs} epochs; kept in {folder}/augmentor.pt")
             pretrain(first)
 
-        path = run.after(first, "augmentor.pt", ("data", "size", "patch", "vit", "decoder_dim", "decoder_depth", "decoder_heads",
-                                                 "epochs", "batch", "lr"), make)
-    mra = run.first(lambda: MRA.load(path, args.size, strategy=args.mask_strategy, mask_ratio=args.mask_ratio, apply=args.apply,
+        path = run.prepare(first, "augmentor.pt", ("data", "size", "patch", "vit", "decoder_dim", "decoder_depth",
+                                                   "decoder_heads", "epochs", "batch", "lr"), make)
+    mra = run.in_turn(lambda: MRA.load(path, args.size, strategy=args.mask_strategy, mask_ratio=args.mask_ratio, apply=args.apply,
                                      whole=args.whole, mean=args.mean, std=args.std))
     if mra.painter.encoder.channels != args.channels:
         raise Problem(f"the augmentor is for pictures of {mra.painter.encoder.channels} channel(s), these have {args.channels}")
@@ -282,7 +281,7 @@ def set_up(args, run):
         rest = "+".join(sorted({*names} - {"mra"})) or {"semi": "randaugment"}.get(args.task, "none")
         first = Namespace(**vars(args) | dict(augment=rest, baseline=False, out=f"{args.out}/baseline"))
         run.say(f"for comparison without MRA, --augment {rest}:")
-        plain = read_checkpoint(run.after(first, "result.pt", (
+        plain = read_checkpoint(run.prepare(first, "result.pt", (
             "task", "augment", "data", "limit", "labels", "size", "classifier", "seed", "epochs", "batch", "lr", "warmup", "crop",
             "crops", "weight_decay", "imbalance", "unlabelled", "threshold", "ema", "held_out", "ways", "shots", "queries",
             "episodes"),
@@ -310,7 +309,7 @@ def learn(wrapped, optimizer, batches, augment, run, judge=None):
             run.log(loss=loss)
         run.update(optimizer)
         if judge:
-            judge.after(step)
+            judge.after_step(step)
 
 def supervised(args):
     """--task supervised: a classifier on labelled pictures, all or --labels of each class, or a long tail (--imbalance)."""
@@ -370,7 +369,7 @@ def semi(args):
             run.log(loss=loss, unlabelled_loss=agreed, sure=sure)
         run.update(optimizer)
         averaged.update_parameters(model)
-        judge.after(step)
+        judge.after_step(step)
     return conclude(judge.finish(), plain, mra, val, run, args)
 
 def of_classes(data, chosen):
@@ -410,10 +409,10 @@ def fewshot(args):
     views = F.normalize(torch.stack([torch.cat(view) for view in views], dim=1), dim=-1)    # (M, views, D)
     for shots, (support, query) in tasks.items():
         support, query = views[support].flatten(2, 3), views[query][:, :, :, 0]             # (E, ways, shots·views, D)
-        for judge in (nearest_centroid, logistic_regression):
-            right = judge(support, query)
-            found[f"{judge.__name__}_{shots}"] = mean, spread = right.mean().item(), 1.96 * right.std().item() / len(right) ** 0.5
-            run.say(f"{args.ways}-way {shots}-shot, {judge.__name__}: {mean:.4f} ± {spread:.4f} (95 %, {len(right)} episodes)")
+        for method in (nearest_centroid, logistic_regression):
+            name, right = method.__name__, method(support, query)                           # (E,)
+            found[f"{name}_{shots}"] = mean, spread = right.mean().item(), 1.96 * right.std().item() / len(right) ** 0.5
+            run.say(f"{args.ways}-way {shots}-shot, {name}: {mean:.4f} ± {spread:.4f} (95 %, {len(right)} episodes)")
     result = found[f"nearest_centroid_{max(tasks)}"][0]
     run.write(step=run.step, task=args.task, top1=result, held_out=val.classes, **found)
     return conclude(result, plain, mra, val, run, args)
@@ -562,8 +561,17 @@ def options():
     task("--compare", nargs="+", default=[], help="occlusion: best.pt of the classifiers")
     return parser
 
+ONLY = (  # options that do something with these values of another only
+    ("task", "supervised", "imbalance"),
+    ("task", "supervised semi fewshot", "crop crops"),
+    ("task", "semi", "unlabelled threshold ema"),
+    ("task", "fewshot", "held_out ways shots queries episodes copies"),
+    ("task", "occlusion", "compare"),
+    ("augment", "mra", "mask_ratio mask_strategy apply whole copies"),
+)
+
 def main(arguments=None):
-    args = fit(settings(options(), preset, arguments))
+    args = fit(settings(options(), preset, arguments, ONLY))
     check_ratio(args)
     for name in args.augment.split("+"):
         if name not in AUGMENTS or name == "none" and args.augment != "none":
@@ -578,11 +586,6 @@ def main(arguments=None):
         raise Problem(f"--shots {min(args.shots)}: an episode needs a labelled picture of each class")
     if args.task == "occlusion" and not args.compare:
         raise Problem("--task occlusion needs --compare, the best.pt of one classifier or several")
-    parser = options()
-    for name, task in dict(imbalance="supervised", unlabelled="semi", threshold="semi", held_out="fewshot", ways="fewshot",
-                           shots="fewshot", queries="fewshot", episodes="fewshot", compare="occlusion").items():
-        if args.task != task and getattr(args, name) != parser.get_default(name):
-            raise Problem(f"--{name.replace('_', '-')} goes with --task {task}")
     TASKS[args.task](args)
 
 if __name__ == "__main__":

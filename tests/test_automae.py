@@ -332,61 +332,62 @@ def test_matched_boxes_carry_the_guides_own_noise_and_are_half_as_large():
 @pytest.mark.parametrize("matched, scale", [(False, 1), (True, 16)])
 def test_matched_the_discriminator_sees_ones_on_average(matched, scale):
     torch.manual_seed(0)
-    critic, guide = automae.Discriminator((4, 4), matched).eval(), distributions(6, 16)
-    torch.testing.assert_close(critic(guide), critic.layers((scale * guide).view(6, 1, 4, 4)).flatten(1), rtol=0, atol=0)
+    discriminator, guide = automae.Discriminator((4, 4), matched).eval(), distributions(6, 16)
+    wanted = discriminator.layers((scale * guide).view(6, 1, 4, 4)).flatten(1)
+    torch.testing.assert_close(discriminator(guide), wanted, rtol=0, atol=0)
 
 # ----------------------------------------------------------------------------------------------------------- discriminator
 
-def convolutions(critic):
-    return [layer for layer in critic.modules() if isinstance(layer, nn.Conv2d)]
+def convolutions(discriminator):
+    return [layer for layer in discriminator.modules() if isinstance(layer, nn.Conv2d)]
 
 def test_the_discriminator_of_the_paper():
-    critic = automae.Discriminator((14, 14))
-    one, two, three = convolutions(critic)
+    discriminator = automae.Discriminator((14, 14))
+    one, two, three = convolutions(discriminator)
     assert [tuple(layer.weight.shape) for layer in (one, two, three)] == [(16, 1, 4, 4), (32, 16, 4, 4), (1, 32, 3, 3)]
     assert one.stride == two.stride == (2, 2) and three.stride == (1, 1)
-    assert critic(distributions(5, 196)).shape == (5, 1)
+    assert discriminator(distributions(5, 196)).shape == (5, 1)
 
 def test_the_discriminator_equals_its_formula():
-    critic = automae.Discriminator((14, 14)).eval()                                      # without power iterations
-    shake(critic, 0.5)
+    discriminator = automae.Discriminator((14, 14)).eval()                                      # without power iterations
+    shake(discriminator, 0.5)
     x = guide = 30 * distributions(6, 196)
     x = x.unflatten(1, (14, 14))[:, None]
-    for layer in convolutions(critic):
+    for layer in convolutions(discriminator):
         x = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
         x = torch.where(x > 0, x, 0.2 * x) if layer.out_channels > 1 else x              # and no sigmoid
-    torch.testing.assert_close(critic(guide), x.flatten(1), rtol=1e-5, atol=1e-6)        # float32
-    slopes = [layer.negative_slope for layer in critic.modules() if isinstance(layer, nn.LeakyReLU)]
+    torch.testing.assert_close(discriminator(guide), x.flatten(1), rtol=1e-5, atol=1e-6)        # float32
+    slopes = [layer.negative_slope for layer in discriminator.modules() if isinstance(layer, nn.LeakyReLU)]
     assert slopes == [0.2, 0.2] and (x < 0).any() or (x > 1).any()
 
 @pytest.mark.parametrize("grid", [(2, 2), (2, 7), (3, 3), (4, 4), (4, 6), (5, 5), (6, 6), (7, 7), (8, 8), (9, 8), (10, 10),
                                   (12, 12), (14, 14), (15, 13), (16, 16), (28, 28), (32, 20), (2, 32)])
 def test_the_discriminator_has_a_score_for_every_grid_and_sees_every_place(grid):
-    critic = shake(automae.Discriminator(grid).eval(), 0.5)
+    discriminator = shake(automae.Discriminator(grid).eval(), 0.5)
     guide = distributions(3, grid[0] * grid[1]).requires_grad_()
-    scores = critic(guide)
+    scores = discriminator(guide)
     assert scores.ndim == 2 and len(scores) == 3 and scores.shape[1] >= 1
     scores.square().sum().backward()
     assert (guide.grad.abs().amax(0) > 0).all()
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 4), (2, 2)])
 def test_spectral_norms_are_one(grid):
-    critic = shake(automae.Discriminator(grid), 2.0)                                     # far from 1
+    discriminator = shake(automae.Discriminator(grid), 2.0)                                     # far from 1
     for _ in range(200):                                                                 # a power iteration each
-        critic(distributions(2, grid[0] * grid[1]))
-    critic.eval()
-    for layer in convolutions(critic):                                                   # whose error shrinks slowly
+        discriminator(distributions(2, grid[0] * grid[1]))
+    discriminator.eval()
+    for layer in convolutions(discriminator):                                                   # whose error shrinks slowly
         assert 0.98 < torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() < 1.02
 
 def test_the_discriminators_loss_and_what_it_sees():
     seen, scores = [], torch.randn(10, 3)
 
-    def critic(guides):
+    def discriminator(guides):
         seen.append(guides)
         return scores + 0 * guides.sum()
 
     guide = distributions(5, 24).requires_grad_()
-    loss = automae.discriminator_loss(critic, guide, (4, 6))
+    loss = automae.discriminator_loss(discriminator, guide, (4, 6))
     wanted = (sum((s - 1) ** 2 for s in scores[:5].flatten().tolist()) + sum(s**2 for s in scores[5:].flatten().tolist())) / 30
     assert loss.item() == pytest.approx(wanted, rel=1e-5)                                # float32
     assert torch.equal(seen[0][5:], guide.detach()) and not seen[0].requires_grad and not loss.requires_grad
@@ -395,11 +396,11 @@ def test_the_discriminators_loss_and_what_it_sees():
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 4)])
 def test_the_discriminator_learns_to_tell_boxes_from_peaks(grid):
-    critic, places = automae.Discriminator(grid), grid[0] * grid[1]
-    optimizer, curve = torch.optim.Adam(critic.parameters(), 1e-2, betas=(0.9, 0.95)), []
+    discriminator, places = automae.Discriminator(grid), grid[0] * grid[1]
+    optimizer, curve = torch.optim.Adam(discriminator.parameters(), 1e-2, betas=(0.9, 0.95)), []
     for _ in range(200):
         guide = distributions(64, places, 5)                                             # with peaks
-        loss = automae.discriminator_loss(critic, guide, grid)
+        loss = automae.discriminator_loss(discriminator, guide, grid)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
         curve.append(loss.item())
     assert sum(curve[-10:]) / 10 < 0.21                                                  # 0.25: half of both for everything
@@ -534,7 +535,7 @@ def test_learned_masking_draws_from_the_generators_probability():
 def test_the_model_its_judge_and_the_prior_compile_to_one_graph_each(again, one_graph):
     images, noise, guide = torch.randn(4, 3, 16, 16), torch.rand(4, 16), torch.rand(4, 16, requires_grad=True)
     one_graph(tiny, lambda model: model(images, automae.highlight(guide, 4), noise)[0], again)
-    one_graph(lambda: automae.Discriminator((4, 4)).eval(), lambda critic: critic(noise).square().sum(), again)
+    one_graph(lambda: automae.Discriminator((4, 4)).eval(), lambda discriminator: discriminator(noise).square().sum(), again)
     one_graph(lambda: automae.Prior(common.ViT(16, 4, 3, 16, 2, 2), every=True), lambda prior: prior(images), again)
 
 # --------------------------------------------------------------------------------------------------------- foreground facts
@@ -591,8 +592,8 @@ def watch(monkeypatch):
                 getattr(seen, name).append(value)
         return found
 
-    def judge_and_look(critic, guide):
-        seen.scores = judge(critic, guide)
+    def judge_and_look(discriminator, guide):
+        seen.scores = judge(discriminator, guide)
         return seen.scores
 
     def backward_and_look(run, loss):
@@ -689,11 +690,11 @@ def test_a_checkpoint_is_plain_tensors_and_its_encoder_a_plain_vit(uninterrupted
     encoder.load_state_dict(checkpoint["encoder"])                                       # strict
     common.Decoder(encoder, 32, 1, 4).load_state_dict(checkpoint["decoder"])
     automae.Generator(16, (4, 4)).load_state_dict(checkpoint["generator"])               # four heads in four blocks
-    critic = automae.Discriminator((4, 4))
-    critic.load_state_dict(checkpoint["discriminator"])
+    discriminator = automae.Discriminator((4, 4))
+    discriminator.load_state_dict(checkpoint["discriminator"])
     learned = sum(not name.endswith("pos_embed") for part in ("encoder", "decoder", "generator") for name in checkpoint[part])
     assert len(checkpoint["optimizer"]["state"]) == learned
-    assert len(checkpoint["discriminator_optimizer"]["state"]) == len(list(critic.parameters()))
+    assert len(checkpoint["discriminator_optimizer"]["state"]) == len(list(discriminator.parameters()))
     for name in ("optimizer", "discriminator_optimizer"):
         groups = checkpoint[name]["param_groups"]
         assert all(tuple(group["betas"]) == (0.9, 0.95) for group in groups)
@@ -883,8 +884,11 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "a factor below 0": ("--mask-factor -1", "mask-factor"),
     "a factor nan": ("--mask-factor nan", "mask-factor"),
     "a weight below 0": ("--adversarial-weight -0.1", "adversarial-weight"),
-    "a prior that nothing looks at": ("--masking random --prior {tmp}/fine.pt", "--prior goes with --masking learned or"),
-    "two stages without a generator": ("--masking random --two-stage", "--two-stage goes with --masking learned"),
+    "a prior that nothing looks at": ("--masking random --prior {tmp}/fine.pt", "--prior does .*--masking learned or attention"),
+    "two stages without a generator": ("--masking random --two-stage", "--two-stage does .*goes with --masking learned"),
+    "a box for a mask at random": ("--masking random --adversarial-weight 0.5", "--adversarial-weight does nothing here"),
+    "an attention that guides nothing": ("--masking boxes --attention last", "--attention does .*learned or attention"),
+    "a prior's epochs without one": ("--masking boxes --prior-epochs 2", "--prior-epochs does nothing here"),
     "no epochs for the prior": ("--prior-epochs 0", "prior-epochs"),
     "mask ratio 1": ("--mask-ratio 1", "mask-ratio"),
     "mask ratio 0": ("--mask-ratio 0", "mask-ratio"),

@@ -392,14 +392,14 @@ def test_lars_equals_its_formula_and_goes_on_from_its_state():
     assert np.abs(start[1]).min() > 0 and np.abs(start[3]).min() > 0
 
 @pytest.mark.parametrize("classes", [2, 4, 5, 12])
-def test_count_equals_a_loop(classes):
+def test_tally_equals_a_loop(classes):
     random = np.random.default_rng(classes)
     scores, labels = random.normal(size=(50, classes)), random.integers(classes, size=50)
     confusion, five = np.zeros((classes, classes), int), 0
     for row, truth in zip(scores, labels):
         confusion[truth, row.argmax()] += 1
         five += truth in sorted(range(classes), key=lambda k: -row[k])[:5]
-    found = mae.count(torch.tensor(scores), torch.tensor(labels))
+    found = mae.tally(torch.tensor(scores), torch.tensor(labels))
     np.testing.assert_array_equal(found[0].numpy(), confusion)
     assert found[1].tolist() == [five] and (five == 50) == (classes <= 5)
 
@@ -949,7 +949,7 @@ BAD_TASKS = {  # as above: options after --data and QUICK, and what the line mus
     "another patch": ("--task finetune --init {init} --patch 4", r"patch 8 \(here 4\)"),
     "another width": ("--task finetune --init {init} --model tiny", r"dim 128 \(here 192\), depth 4 \(here 12\)"),
     "other channels": ("--task probe --init {tmp}/grey.pt", r"channels 1 \(here 3\)"),
-    "other channels to draw": ("--task reconstruct --init {tmp}/grey.pt", "1 channel.* 3"),
+    "other channels to draw": ("--task reconstruct --init {tmp}/grey.pt", r"channels 1 \(here 3\)"),
     "a size that does not divide": ("--task finetune --init {init} --size 36", "36.*8"),
     "pictures without labels": ("--task finetune --data {pictures}", "--task finetune needs labelled"),
     "no pictures to validate": ("--task knn --data {labelled}/train", "--task knn needs labelled"),
@@ -964,7 +964,11 @@ BAD_TASKS = {  # as above: options after --data and QUICK, and what the line mus
     "a head behind another norm": ("--task finetune --pool cls --eval --init {tuned}", "norm|pool"),
     "nothing to draw with": ("--task reconstruct", "reconstruct needs --init"),
     "no decoder to draw with": ("--task reconstruct --init {tuned}", "best.pt has no decoder"),
-    "pre-training from a file": ("--init {init}", "--init .*--task"),
+    "pre-training from a file": ("--init {init}", "--init does nothing here: it goes with --task knn or probe or"),
+    "a mask for neighbours": ("--task knn --init {init} --mask-ratio 0.5", "--mask-ratio does .*--task pretrain or reconstruct"),
+    "crops for neighbours": ("--task knn --init {init} --crops 2", "--crops does nothing here"),
+    "layers that do not learn": ("--task probe --init {init} --layer-decay 0.7", "--layer-decay .*goes with --task finetune"),
+    "a bank for a task": ("--task finetune --bank 10", "--bank .*goes with --task pretrain"),
     "an unknown task": ("--task guess", "guess"),
     "one picture at a time for a batch norm": ("--task probe --batch 1", "batch"),
 }

@@ -526,6 +526,7 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "a micro-batch that is no whole group": ("--batch 12 --micro-batch 6", "6.*groups of 4.*--micro-batch"),
     "a batch that is no whole group": ("--batch 6", "6.*groups of 4"),
     "a larger group": ("--batch 12 --micro-batch 4 --mix-ratio 0.125", "4.*groups of 8"),
+    "a weight of no loss": ("--no-contrastive --contrastive-weight 0.5", "--contrastive-weight does nothing here"),
     "an unknown mixing": ("--mixing blend", "blend"),
     "an option of mae.py": ("--mask-ratio 0.5", "mask-ratio"),
     "a size that does not divide": ("--size 30", "30.*8"),
