@@ -27,24 +27,27 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import (Batches, Problem, Run, ViT, adamw, build, check_ratio, entry, fit, keep_lowest, load_data, load_encoder,
-                    patchify, pixel_loss, save_sheet, settings, shared_options, take, unpatchify, visible, vit_of,
-                    with_contrast)
+from common import (TRUE_CONTRAST, Batches, Problem, Run, ViT, adamw, build, check_ratio, entry, fit, keep_lowest, load_data,
+                    load_encoder, patchify, pixel_loss, save_sheet, settings, shared_options, take, unpatchify, visible, vit_of,
+                    weights_in, with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 
 class Prior(nn.Module):
     """A frozen, pre-trained ViT: images (B, C, H, W) → where its last block's class token looks, (B, H, N), without gradient;
-    with `every` the maps of all blocks, (B, depth·H, N). `maps` is how many come out."""
+    with `every` the maps of all blocks, (B, depth·H, N). `maps` is how many come out. `scale` and `shift` (C, 1, 1) bring images
+    to the normalisation it was trained with."""
 
-    def __init__(self, vit, every=False):
+    def __init__(self, vit, every=False, scale=1.0, shift=0.0):
         super().__init__()
         self.vit, self.every = vit.eval().requires_grad_(False), every
         self.maps = vit.blocks[0].attn.heads * (len(vit.blocks) if every else 1)
+        self.register_buffer("scale", torch.as_tensor(scale), persistent=False)
+        self.register_buffer("shift", torch.as_tensor(shift), persistent=False)
 
     @torch.no_grad()
     def forward(self, images):
-        return self.vit.attention_map(images, self.every)
+        return self.vit.attention_map(images * self.scale + self.shift, self.every)
 
 class Generator(nn.Module):
     """Attention (B, H, N) → log-probability of being highlighted for each patch (B, N), by two convolutions."""
@@ -127,7 +130,8 @@ class AutoMAE(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- training
 
 def make_prior(args, data, run):
-    """→ the frozen ViT whose attention guides the masks: --prior, or on small data a plain MAE's, trained first and kept."""
+    """→ the frozen ViT whose attention guides the masks: --prior, or on small data a plain MAE's, trained first and kept (our
+    choice; the paper's is pre-trained on ImageNet)."""
     path = args.prior
     if not args.prior:
         if args.prior_epochs is None:
@@ -148,7 +152,9 @@ def make_prior(args, data, run):
     run.say(f"prior: {load_encoder(prior, path)}")
     if prior.grid != (args.size // args.patch,) * 2:
         raise Problem(f"the prior has patches of {prior.patch} pixels, {prior.grid[0]} in a row; use --patch {prior.patch}")
-    return Prior(prior, args.attention == "all")
+    own = [torch.tensor(weights_in(path)[1].get(name) or vars(args)[name])[:, None, None] for name in ("mean", "std")]
+    mean, std = (torch.tensor(vars(args)[name])[:, None, None] for name in ("mean", "std"))
+    return Prior(prior, args.attention == "all", std / own[1], (mean - own[0]) / own[1])
 
 def propose(masking, generator, attention, masks, noise, grid, n):
     """→ probability (b, N) for the log, and guide (b, N): with `learned` masking a random distribution over the patches, with a
@@ -187,7 +193,7 @@ def foreground_facts(probability, attention, mask, masks, grid):
     return facts
 
 def pretrain(args, data=None):
-    """Trains and → the encoder. With `data` it is the plain MAE for the prior, and draws nothing."""
+    """Hides, reconstructs, and in the end draws. With `data` it is the plain MAE for the prior, and draws nothing."""
     run = Run(args)
     train, val = data or load_data(args, run)
     if args.masking == "boxes" and getattr(train, "masks", None) is None:
@@ -249,7 +255,6 @@ def pretrain(args, data=None):
         run.put("prior.pt", encoder=encoder.state_dict(), args=vars(args))
     elif run.rank == 0:
         draw(model, prior, val or train, run, args)
-    return encoder
 
 @torch.no_grad()
 def draw(model, prior, data, run, args, count=10):
@@ -258,7 +263,7 @@ def draw(model, prior, data, run, args, count=10):
     images, _, masks = next(data.stream([(index, 0)], run, args.size))
     torch.manual_seed(args.seed)
     noise, grid = torch.rand(len(images), model.encoder.grid[0] * model.encoder.grid[1], device=run.device), model.encoder.grid
-    n, rows, attention = visible(noise.shape[1], args.mask_ratio), {}, prior(images) if prior else None
+    n, rows, attention = visible(noise.shape[1], args.mask_ratio), {}, prior.forward(images) if prior else None
     shown = lambda x: (x / x.amax(1, keepdim=True))[..., None].expand(-1, -1, args.patch ** 2 * args.channels) * 255
     probability, guide = propose(args.masking, model.eval().generator, attention, masks, noise, grid, n)
     if prior:
@@ -268,14 +273,13 @@ def draw(model, prior, data, run, args, count=10):
         if (probability.std(0, correction=0) * noise.shape[1]).mean() < 0.01:
             run.say("the generator gives every picture the same mask: try another --lr, --adversarial-weight or a longer prior")
     highlighted = highlight(guide, n) if model.generator else guide
-    _, prediction, mask = model.forward(images, highlighted, noise, args.mask_ratio)
+    _, prediction, mask = model.forward(images, highlighted, noise, args.mask_ratio)        # not compiled for this one batch
     patches, mask = patchify(images, args.patch), mask[..., None]                           # (B, N, P·P·C), (B, N, 1)
     if args.norm_pixels:
         prediction = with_contrast(prediction, patches)
     pixels = lambda x: patchify((unpatchify(x, args.patch, args.size) * data.std + data.mean).clamp(0, 255), args.patch)
-    title = "reconstruction" + ", each hidden patch with its true mean and contrast" * args.norm_pixels
     rows = {"original": pixels(patches), **rows, f"{1 - args.mask_ratio:.0%} visible": pixels(patches * (1 - mask)),
-            title: pixels(patches * (1 - mask) + prediction * mask)}
+            "reconstruction" + TRUE_CONTRAST * args.norm_pixels: pixels(patches * (1 - mask) + prediction * mask)}
     save_sheet(f"{run.out}/masks.png", {title: unpatchify(row, args.patch, args.size).byte() for title, row in rows.items()})
     run.say(f"pictures: {run.out}/masks.png")
 
@@ -292,20 +296,20 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is the 
 
 def options():
     parser, add = shared_options("automae.py", "Pre-trains a masked autoencoder that learns where to mask.")
+    switch = argparse.BooleanOptionalAction
     add["model"]("--mask-ratio", type=float, default=0.75, help="share of the patches that is hidden (0.75)")
     add["model"]("--masking", choices=("learned", "attention", "boxes", "random"), default="learned", help="what is hidden more "
                  "often: what the generator says, what the prior attends to, the object's true box, nothing (learned)")
     add["model"]("--mask-factor", type=float, default=0.5, help="how much more often: added to noise of 0 … 1 (0.5)")
-    add["model"]("--norm-pixels", action=argparse.BooleanOptionalAction, help="predict each patch normalised by its own mean and "
-                 "contrast (on)")
+    add["model"]("--norm-pixels", action=switch, help="predict each patch normalised by its own mean and contrast (on)")
     add["model"]("--adversarial-weight", type=float, default=0.2, help="of looking like a box, beside reconstruction (0.2)")
     add["model"]("--pseudo-masks", choices=("paper", "matched"), help="boxes for the discriminator: the paper's, or with "
                  "the guides' own noise, smaller and clearer, for small pictures and short runs (paper)")
     add["model"]("--attention", choices=("last", "all"), help="blocks of the prior whose attention the generator sees (last)")
-    add["model"]("--two-stage", action=argparse.BooleanOptionalAction, default=False, help="the generator learns from the "
-                 "discriminator alone (off)")
+    add["model"]("--two-stage", action=switch, default=False, help="the generator learns from the discriminator alone (off)")
     add["model"]("--prior", help="checkpoint with the pre-trained ViT for the attention (MAE, ViT-B, 800 epochs)")
-    add["model"]("--prior-epochs", type=int, help="epochs of the plain MAE that is trained first when there is no --prior")
+    add["model"]("--prior-epochs", type=int, help="epochs of the plain MAE that is trained first when there is no --prior "
+                 "(2 on scenes, 3 on small sets)")
     return parser
 
 ONLY = (  # options that do something with these values of another only

@@ -1,12 +1,13 @@
 """What the four scripts share: patches, a vision transformer, data, and a run. Whoever copies a script takes this file along.
 
-It knows no method's mathematics: masking, mixing and the models live in the scripts. Letters in shapes: B batch, N patches, n
-visible patches, D width, H heads, P patch side, C channels, T tokens, M pictures in a data set.
+What two of them need stands here, MAE's hiding and its loss included; what one paper adds stands in its script. Letters in
+shapes: B batch, N patches, n visible patches, D width, H heads, P patch side, C channels, T tokens, M pictures in a data set.
 """
 
 import difflib, hashlib, json, math, os, signal, sys, time
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import OrderedDict
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -75,6 +76,8 @@ def pixel_loss(images, prediction, mask, patch, norm_pixels):
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     error = (prediction.float() - target).square().mean(-1)                                 # (B, N)
     return (error * mask).sum() / mask.sum()
+
+TRUE_CONTRAST = ", each hidden patch with its true mean and contrast"                       # for captions of what this makes:
 
 def with_contrast(prediction, patches):
     """Both (B, N, P·P·C) → the prediction with each true patch's mean and contrast: makes a picture of what `norm_pixels` learns,
@@ -314,7 +317,7 @@ class Pictures:
         for name in ("images", "labels", "masks"):                                          # the whole set moves to the device
             setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to(run.device))
         for index, seed in plan:
-            index = index.to(run.device).repeat(crops)
+            index = index.to(run.device, non_blocking=True).repeat(crops)
             images, masks = self.images[index], None if self.masks is None else self.masks[index]
             if scale:
                 torch.manual_seed(seed)
@@ -348,12 +351,13 @@ class Files(Pictures):
 
     def pick(self, index):
         super().pick(index)
-        self.paths = self.paths[index.numpy() if torch.is_tensor(index) else index]
+        self.paths, self.broken = self.paths[index.numpy() if torch.is_tensor(index) else index], set()
 
     def read(self, i):
         """→ uint8 (3, H, W); grey, palette, alpha and CMYK become RGB. Raises RuntimeError or OSError for a broken picture."""
         data = torch.from_numpy(np.fromfile(os.fsdecode(self.paths[i]), np.uint8))          # read_file trips over odd names
         image = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
+        image = image[0] if image.ndim == 4 else image                                      # the first of moving pictures
         return v2.functional.to_dtype(image, torch.uint8, scale=True)                       # from 16-bit PNG
 
     def __getitem__(self, key):
@@ -373,20 +377,20 @@ class Files(Pictures):
     def stream(self, plan, run, size, scale=None, change=None, crops=1):
         smooth = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         edge = round(min(pair(size)) * (256 / 224 if min(pair(size)) <= 224 else 1))        # as in MAE's code
+        crop = v2.Resize(pair(size), **smooth) if scale == 1 else v2.RandomResizedCrop(pair(size), (scale or 1, 1.0), **smooth)
         self.crops, self.transform = crops, v2.Compose(
-            [v2.RandomResizedCrop(pair(size), (scale, 1.0), **smooth), v2.RandomHorizontalFlip(), change or v2.Identity()]
-            if scale else
+            [crop, v2.RandomHorizontalFlip(), change or v2.Identity()] if scale else
             [v2.Resize(edge, **smooth), v2.CenterCrop(pair(size))])
         keys = ([(i, seed_of(seed, i)) for i in index.tolist()] for index, seed in plan)
         for images, labels, seeds, broken in torch.utils.data.DataLoader(
                 self, batch_sampler=keys, num_workers=run.workers, pin_memory=run.device.type == "cuda"):
-            self.broken |= set(broken.tolist()) - {-1}
+            self.broken = self.broken | set(broken.tolist()) - {-1}                         # not |=, copies may share the set
             if len(self.broken) > 0.01 * len(self):
                 print("unreadable:", *(os.fsdecode(self.paths[i]) for i in sorted(self.broken)), sep="\n  ", file=sys.stderr)
                 raise Problem(f"{len(self.broken)} of {len(self)} pictures, over 1 %, could not be read: mend or remove those")
             torch.manual_seed(seeds[0].item())
             images = images.to(run.device, non_blocking=True).transpose(0, 1).flatten(0, 1)           # (crops·b, C, h, w)
-            yield self.normalise(images), labels.to(run.device).repeat(crops), None
+            yield self.normalise(images), labels.to(run.device, non_blocking=True).repeat(crops), None
 
 IN_MEMORY = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10",
              "cifar100": "CIFAR100", "stl10": "STL10"}                                      # our names: torchvision's
@@ -443,22 +447,23 @@ def folder(root, classes=None):
     """All pictures below a folder, or one file → Files. Sub-folders are classes if there are several and hold all pictures."""
     kinds = (".jpg", ".jpeg", ".png", ".webp")
     paths, seen = [root] * (os.path.isfile(root) and root.lower().endswith(kinds)), set()
+    tops = ["."] * len(paths)                                                               # each one's uppermost folder
     for here, folders, names in os.walk(root, followlinks=True):
         if os.path.realpath(here) in seen:                                                  # a link that leads back up
             folders.clear()
             continue
         seen.add(os.path.realpath(here))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths += [os.path.join(here, name) for name in sorted(names)
-                  if not name.startswith(".") and name.lower().endswith(kinds)]
+        names = sorted(name for name in names if not name.startswith(".") and name.lower().endswith(kinds))
+        paths += [os.path.join(here, name) for name in names]
+        tops += [os.path.relpath(here, root).split(os.sep)[0]] * len(names)                 # "." is none
     if not paths:
         raise Problem(f"no .jpg, .jpeg, .png or .webp picture in {root} or below it")
-    tops = [os.path.relpath(path, root).split(os.sep)[:-1][:1] for path in paths]           # [] outside sub-folders
-    names = classes or sorted({top[0] for top in tops if all(tops)})
+    names = classes or sorted({*tops} if "." not in tops else ())
     number = {name: k for k, name in enumerate(names)} if len(names) > 1 else {}
-    if classes and not all(top and top[0] in number for top in tops):
+    if classes and {*tops} - {*number}:
         raise Problem(f"{root} has pictures outside the training set's classes {', '.join(classes[:5])} …")
-    return Files(paths, [number.get(*top, -1) if top else -1 for top in tops], number)
+    return Files(paths, [number.get(top, -1) for top in tops], number)
 
 def crop_weights(start, length, source, size):
     """Weights (B, size, source) that resample `length` pixels from `start` on, both (B,), to `size` pixels: Keys' cubic with
@@ -482,15 +487,28 @@ def random_crops(images, masks, size, scale):
     masks = None if masks is None else rows @ masks.float() @ columns > 0.5
     return rows[:, None] @ images.float() @ columns[:, None], masks
 
+def erase(images, probability, area=(0.02, 0.33), aspect=3.3, noise=True):
+    """RandomErasing of a whole batch on its device: images (B, C, H, W) → the same, in which a rectangle, of a share of the area
+    between those two and `aspect` at most, is noise of each pixel's own, or 0, with this probability for each picture."""
+    B, _, H, W = images.shape
+    share, shape, top, left, chance = torch.rand(5, B, 1, 1, 1, device=images.device)
+    share, shape = H * W * (area[0] + (area[1] - area[0]) * share), aspect ** (2 * shape - 1)
+    h, w = (share * shape).sqrt().round().clamp(max=H), (share / shape).sqrt().round().clamp(max=W)
+    top, left = (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor()
+    row, column = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
+    inside = (row >= top) & (row < top + h) & (column >= left) & (column < left + w) & (chance < probability)   # (B, 1, H, W)
+    return torch.where(inside, torch.randn_like(images) if noise else 0.0, images)
+
 def seed_of(*numbers):
     """Whole numbers → one seed, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 class Batches:
     """The pictures of every step, a function of (seed, step, place in the global batch) alone: a run goes on anywhere, and the
-    micro-batches are the same whether one process takes four in turn or four processes take one each. They are `times` as large
-    as --batch says, over `steps` steps if not --epochs. With --crops an epoch still takes every picture once, but in so many
-    crops, so it has as many times the steps. Raises Problem when micro-batches do not divide by --crops."""
+    micro-batches are the same whether one process takes four in turn or four processes take one each. A step takes `times` as
+    many as --batch says; there are `steps`, if that is given, else --epochs epochs. With --crops an epoch still takes every
+    picture once, but in so many crops, so it has as many times the steps. Raises Problem when micro-batches do not divide by
+    --crops."""
 
     def __init__(self, data, run, size, scale, change=None, times=1, steps=None):
         crops = run.args.crops
@@ -560,13 +578,16 @@ def write_whole(path, write):
             os.remove(f"{path}.part")
         raise Problem(f"could not write {path}: {error}" + ("; the one before it is whole" if os.path.exists(path) else ""))
 
-def weights_in(path, part="encoder", signs=(("patch_embed.proj.weight", 4), ("pos_embed", 3))):
+SIGNS = {"encoder": {"patch_embed.proj.weight": 4, "pos_embed": 3},                         # tensors and their dimensions
+         "decoder": {"decoder_embed.weight": 2, "decoder_pos_embed": 3}}
+
+def weights_in(path, part="encoder"):
     """→ the encoder's or decoder's tensors by name, and the options or {}, from a file of this project, MAE's release or timm."""
     saved = read_checkpoint(path)
     args, state = saved.get("args"), next((saved[name] for name in (part, "model", "state_dict")
                                            if isinstance(saved.get(name), dict)), saved)
     state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
-    for name, ndim in signs:
+    for name, ndim in SIGNS[part].items():
         if name not in state or state[name].ndim != ndim:
             kinds = "this project, MAE's release or timm's VisionTransformer" if part == "encoder" else "pre-training"
             raise Problem(f"{path} has no {part} of {kinds}: it lacks a {ndim}-dimensional {name}")
@@ -584,7 +605,7 @@ def vit_of(path):
 
 def decoder_of(path):
     """→ what the decoder in a checkpoint is, as `Decoder` takes it: dim, depth, heads (16 where the file does not say)."""
-    state, args = weights_in(path, "decoder", (("decoder_embed.weight", 2), ("decoder_pos_embed", 3)))
+    state, args = weights_in(path, "decoder")
     depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
     return dict(dim=len(state["decoder_embed.weight"]), depth=depth, heads=args.get("decoder_heads", 16))
 
@@ -621,7 +642,7 @@ def load_encoder(vit, path):
 
 def load_decoder(decoder, path):
     """The same for a decoder; its encoder's weights in the same file are left out. Its blocks, width and patch must agree."""
-    state, args = weights_in(path, "decoder", (("decoder_embed.weight", 2), ("decoder_pos_embed", 3)))
+    state, args = weights_in(path, "decoder")
     state = {name: value for name, value in state.items() if name.startswith(("decoder_", "mask_token"))}
     return fill(decoder, state, path, "decoder_pos_embed", decoder.grid, args, ())
 
@@ -630,7 +651,8 @@ def load_decoder(decoder, path):
 def shared_options(script, description, paper=None):
     """→ a parser with the options that mean the same in all scripts, and a way to add a script's own to each of its groups. Their
     help names MAE's values, or those of `paper`."""
-    usual = dict(epochs=800, batch=4096, lr=1.5e-4, warmup=40, weight_decay=0.05, crop=0.2) | (paper or {})
+    usual = dict(epochs=800, batch=4096, lr=1.5e-4, warmup=40, weight_decay=0.05, decayed="weight matrices", crop=0.2,
+                 model="base", decoder_dim=512, decoder_depth=8, decoder_heads=16) | (paper or {})
     parser = ArgumentParser(script, description=f"{description} What is left out comes from a preset: scenes (no --data), small "
                             "(torchvision's small sets) or imagenet. In brackets: the paper's value, or the default.")
     add = {name: parser.add_argument_group(name).add_argument for name in ("data", "model", "training", "run")}
@@ -641,17 +663,17 @@ def shared_options(script, description, paper=None):
     add["data"]("--crop", type=float, help=f"smallest share of a picture's area that a crop takes, 1: no crops ({usual['crop']})")
     add["data"]("--crops", type=int, default=1, help="crops of each decoded picture: so many times the samples (1)")
     add["data"]("--workers", type=int, help="processes that decode pictures, for each training process (cores, at most 16)")
-    add["model"]("--model", choices=VITS, help="size of the encoder (base)")
+    add["model"]("--model", choices=VITS, help="size of the encoder ({model})".format(**usual))
     add["model"]("--patch", type=int, help="side of a patch in pixels (16; huge 14)")
-    add["model"]("--decoder-dim", type=int, help="width of the decoder (512)")
-    add["model"]("--decoder-depth", type=int, help="blocks of the decoder (8)")
-    add["model"]("--decoder-heads", type=int, help="attention heads of the decoder (16)")
+    add["model"]("--decoder-dim", type=int, help="width of the decoder ({decoder_dim})".format(**usual))
+    add["model"]("--decoder-depth", type=int, help="blocks of the decoder ({decoder_depth})".format(**usual))
+    add["model"]("--decoder-heads", type=int, help="attention heads of the decoder ({decoder_heads})".format(**usual))
     add["training"]("--epochs", type=int, help=f"times that every picture is seen ({usual['epochs']})")
     add["training"]("--batch", type=int, help=f"pictures a step, over all processes together ({usual['batch']})")
     add["training"]("--micro-batch", type=int, help="pictures a process takes at once; gradients add up (at most 256)")
     add["training"]("--lr", type=float, help="peak learning rate for a batch of 256; × batch / 256 ({lr:g})".format(**usual))
     add["training"]("--warmup", type=float, help=f"epochs of linear warm-up ({usual['warmup']})")
-    add["training"]("--weight-decay", type=float, default=0.05, help=f"of weight matrices ({usual['weight_decay']:g})")
+    add["training"]("--weight-decay", type=float, default=0.05, help="of {decayed} ({weight_decay:g})".format(**usual))
     add["training"]("--seed", type=int, default=0, help="decides weights, order, crops and masks (0)")
     add["run"]("--out", help="folder for last.pt, log.jsonl, args.json and pictures (runs/SCRIPT, with --task runs/SCRIPT-TASK)")
     add["run"]("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
@@ -686,20 +708,21 @@ def settings(parser, preset, arguments=None, only=()):
                 old = json.load(file)
         except ValueError:
             refuse(f"{out}/args.json is cut off: start again with --overwrite")
+    if old.get("script", script) != script:
+        refuse(f"{out} holds a run of {old['script']}.py: name another --out")
     if old:
-        old = {"crops": 1} | old                                                            # which older runs do not name
         parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
         args = parser.parse_args(arguments)
         for name in ("task", "init", "data", "limit", "labels", "size", "batch", "crops", "seed", "weight_decay", "layer_decay",
                      "imbalance", "unlabelled", "held_out"):
             if name in old and getattr(args, name) != old[name]:
-                refuse(f"the run to resume has --{name} {old[name]}, not {getattr(args, name)}: leave it out")
+                refuse(f"the run to resume has --{name.replace('_', '-')} {old[name]}, not {getattr(args, name)}: leave it out")
     for option, values, names in only:
         for name in names.split() if not {*str(getattr(args, option)).split("+")} & {*values.split()} else ():
             if getattr(args, name) != parser.get_default(name):
                 refuse(f"--{name.replace('_', '-')} does nothing here: it goes with --{option} " + " or ".join(values.split()))
     kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
-    given = {name: value for name, value in vars(args).items() if value is not None} | {"out": out}
+    given = {name: value for name, value in vars(args).items() if value is not None} | dict(out=out, script=script)
     args = Namespace(**vars(args) | ({} if old else preset(args, kind)) | given)
     least = dict(limit=1, crops=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1,
                  decoder_depth=0, labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0,
@@ -715,7 +738,7 @@ def settings(parser, preset, arguments=None, only=()):
     shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing", "apply", "threshold", "ema")
     for name, value in vars(args).items():
         if name in least and value is not None and not least[name] <= value < 2 ** 63:
-            refuse(f"--{name.replace('_', '-')} must be at least {least[name]}, not {value}")
+            refuse(f"--{name.replace('_', '-')} must be at least {least[name]} and finite, not {value}")
         if name in shares and value is not None and not 0 <= value <= 1 or name == "crop" and value == 0:
             refuse(f"--{name.replace('_', '-')} must lie between 0 and 1, not {value}")
     return args
@@ -732,9 +755,10 @@ def fit(args):
 
 def check_ratio(args):
     """Raises Problem unless --mask-ratio leaves some patches visible and hides some."""
-    rows, columns = grid_of(pair(args.size), args.patch)
-    if not (0 < args.mask_ratio < 1 and visible(rows * columns, args.mask_ratio)):
-        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1 and leave a patch visible, of {rows * columns}")
+    places = math.prod(grid_of(pair(args.size), args.patch))
+    if not (0 < args.mask_ratio < 1 and 0 < visible(places, args.mask_ratio) < places):
+        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1, leave one of the {places} patches visible and "
+                      "hide one")
 
 def build(args, attention=Attention):
     """→ encoder and decoder as the options say, with the weights that --seed gives."""
@@ -764,8 +788,9 @@ def adamw(model, weight_decay, betas=(0.9, 0.95), layer_decay=1.0):
 
 class Run:
     """What a training loop needs around it: processes, device, precision, learning rate, log, checkpoints. The loop stays the
-    script's. Reads from `args`: out resume overwrite device precision compile batch micro_batch epochs lr warmup workers
-    save_every. Raises Problem when these do not fit together, or when the folder holds a run already."""
+    script's. Reads from `args`: out resume overwrite device precision compile checkpoint_blocks size batch micro_batch epochs lr
+    min_lr (if there is one) warmup workers save_every. Raises Problem when these do not fit together, or when the folder holds
+    a run already."""
 
     def __init__(self, args):
         env = lambda name, default: int(os.environ.get(name, default))                      # torchrun's
@@ -786,7 +811,7 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")                                      # TF32 where it is fp32
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=12))
         best = "fp32" if kind != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         self.precision, self.workers = args.precision or best, args.workers
         self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
@@ -874,7 +899,7 @@ class Run:
                 part.again = True
         if self.args.compile or (self.args.compile is None and self.device.type == "cuda"):
             torch._dynamo.config.recompile_limit = 64                                       # which counts all models together
-            # MixedAE's blocks note what they chose, to no harm also when they are computed again
+            # blocks may note something for the log, to no harm also when they are computed again
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
             model.compile(dynamic=False)
         if self.world > 1 and any(p.requires_grad for p in model.parameters()):
@@ -912,8 +937,8 @@ class Run:
         first.resume = False
         for path in (f"{first.out}/{result}", f"{first.out}/last.pt"):
             if os.path.exists(path):
-                old = {"crops": 1} | read_checkpoint(path).get("args", {})                  # which older runs do not name
-                wrong = [name for name in names if old.get(name) != getattr(first, name)]
+                old = read_checkpoint(path).get("args", {})
+                wrong = [name for name in names if name in old and old[name] != getattr(first, name)]
                 if wrong and not (self.args.resume or self.args.overwrite and first.out.startswith(f"{self.out}{os.sep}")):
                     raise Problem(f"{first.out} holds a run with another {', '.join(wrong)}: remove it, or name another --out")
                 if not wrong or self.args.resume:
@@ -1071,7 +1096,7 @@ def entry(main):
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
 
-def labelled(run, args, few=None, all_=False):
+def labelled(args, run, few=None, all_=False):
     """→ training and validation set, each with labels; of the first only `few` pictures of each class, if that is given, or with
     `all_` also those without a label. Raises Problem when there are no two classes to tell apart."""
     train, val = load_data(args, run)

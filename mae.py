@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.transforms import v2
 
-from common import (VITS, Batches, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, finish, fit,
-                    keep_lowest, labelled, load_data, load_decoder, load_encoder, measure, patchify, pixel_loss, save_sheet,
-                    settings, shared_options, take, tally, unpatchify, visible, vit_of, weights_in, with_contrast)
+from common import (TRUE_CONTRAST, VITS, Batches, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, erase,
+                    finish, fit, keep_lowest, labelled, load_data, load_decoder, load_encoder, measure, patchify, pixel_loss,
+                    save_sheet, settings, shared_options, take, tally, unpatchify, visible, vit_of, weights_in, with_contrast)
 
 # ----------------------------------------------------------------------------------------------------------------- masking
 # Each kind of mask is a score for every patch; the n lowest scores of a picture stay visible. So all kinds hide exactly as many.
@@ -125,9 +125,9 @@ def draw(model, data, run, args, count=10):
     torch.manual_seed(args.seed)
     masked, painted = model.eval().paint(images, args.mask_ratio)
     pixels = lambda x: (x * data.std + data.mean).clamp(0, 255).byte()
-    title = "reconstruction, each hidden patch with its true mean and contrast" if args.norm_pixels else "reconstruction"
     save_sheet(f"{run.out}/reconstruction.png", {
-        "original": pixels(images), f"{1 - args.mask_ratio:.0%} visible": pixels(masked), title: pixels(painted)})
+        "original": pixels(images), f"{1 - args.mask_ratio:.0%} visible": pixels(masked),
+        "reconstruction" + TRUE_CONTRAST * args.norm_pixels: pixels(painted)})
     run.say(f"pictures: {run.out}/reconstruction.png")
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -156,7 +156,8 @@ def knn(bank, labels, queries, classes, k=20, temperature=0.07):
 
 def linear(bank, labels, queries, classes, ridge=10.0):
     """As `knn`, by the linear map closest to the one-hot labels in least squares: a quick probe in closed form, our choice."""
-    x, q = (F.pad((part - bank.mean(0)) / (bank.std(0) + 1e-6), (0, 1), value=1.0).double() for part in (bank, queries))
+    mean, std = bank.mean(0), bank.std(0, correction=0) + 1e-6
+    x, q = (F.pad((part - mean) / std, (0, 1), value=1.0).double() for part in (bank, queries))
     weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).to(x), x.T @ F.one_hot(labels, classes).double())
     return q @ weights
 
@@ -217,7 +218,7 @@ def classify(args):
     run = Run(args)
     if args.task == "probe" and run.micro < 2:
         raise Problem("the probe's BatchNorm needs two pictures at once: a larger --batch or --micro-batch")
-    train, val = labelled(run, args, args.labels)
+    train, val = labelled(args, run, args.labels)
     if not args.init:
         run.say(f"no --init: the encoder is {'random' if args.task == 'probe' else 'trained from scratch'}")
     model, probe, told = classifier(args, classes := len(train.classes)), args.task == "probe", ""
@@ -237,14 +238,13 @@ def classify(args):
     run.introduce(model, train)
 
     change = v2.RandAugment(2, args.randaugment, num_magnitude_bins=11) if args.randaugment else None      # magnitude of 10
-    erase = v2.RandomErasing(args.erasing or 0, value="random")                             # noise of each pixel's own
     mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     batches = Batches(train, run, args.size, args.crop, change)
     judge = Judge(model, val, run, args, batches.per_epoch, encoder=model)
     for step in run.steps(batches.per_epoch):
         for images, labels, _ in batches.at(step):                                          # (b, C, H, W), (b,) a micro-batch
             if args.erasing:
-                images = torch.stack([erase(image) for image in images])
+                images = erase(images, args.erasing)
             if mixes:                                                                       # labels become (b, K)
                 images, labels = v2.RandomChoice(mixes)(images, labels)
             with run.autocast():
@@ -258,7 +258,7 @@ def classify(args):
 def nearest(args):
     """--task knn: a vote of the 20 nearest training pictures, by the features of the frozen encoder."""
     run = Run(args)
-    train, val = labelled(run, args, args.labels)
+    train, val = labelled(args, run, args.labels)
     torch.manual_seed(args.seed)
     encoder = ViT(args.size, args.patch, args.channels, **args.vit)
     run.say(load_encoder(encoder, args.init) if args.init else "no --init: the encoder is random")
@@ -341,7 +341,8 @@ def options():
     task("--train-blocks", type=int, help="fine-tune only so many of the last blocks, and the head (all)")
     task("--pool", choices=("cls", "mean"), help="feature: class token or mean patch token (mean; probe of ImageNet cls)")
     task("--layer-decay", type=float, help="a layer's learning rate, as a share of the one's above it (0.65; L and H 0.75)")
-    task("--drop-path", type=float, help="probability that the last block is left out (0.1; L 0.2, H 0.3)")
+    task("--drop-path", type=float, help="probability that a branch of the last block is left out, of those before less "
+         "(0.1; L 0.2, H 0.3)")
     task("--label-smoothing", type=float, help="share of the target given to all classes alike (0.1)")
     task("--mixup", type=float, help="alpha of mixup (0.8)")
     task("--cutmix", type=float, help="alpha of cutmix; with both, one of them at random for each micro-batch (1.0)")
@@ -354,6 +355,7 @@ ONLY = (  # options that do something with these values of another only
     ("task", "pretrain", "bank"),
     ("task", "pretrain reconstruct", "mask_ratio masking norm_pixels"),
     ("task", "pretrain probe finetune", "crop crops min_lr"),
+    ("task", "pretrain finetune", "weight_decay"),
     ("task", "pretrain knn probe finetune", "pool"),
     ("task", "knn probe finetune reconstruct", "init"),
     ("task", "knn probe finetune", "labels"),

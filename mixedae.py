@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Attention, Batches, Problem, Run, adamw, build, entry, fit, load_data, patchify, pixel_loss,
+from common import (TRUE_CONTRAST, Attention, Batches, Problem, Run, adamw, build, entry, fit, load_data, patchify, pixel_loss,
                     save_sheet, settings, shared_options, take, unpatchify, with_contrast)
 
 # ------------------------------------------------------------------------------------------------------------------ mixing
@@ -133,7 +133,7 @@ class MixedAE(nn.Module):
             raise Problem(f"{len(images)} pictures do not divide into groups of {self.group}")
         noise = torch.rand(len(images) // self.group, self.places, device=images.device) if noise is None else noise
         shuffle = share_places(noise, self.own, self.group, self.turns)                     # (B, N)
-        tokens = self.encoder.embed(images).repeat(self.turns, 1, 1)                        # (B, N, D) patches with positions
+        tokens = self.encoder.embed(images).repeat(self.turns, 1, 1)                        # (B, N, D) mixed as tokens (ours)
         tokens = take(tokens, shuffle[:, :self.own]).unflatten(0, (-1, self.group))         # (G, M, n, D) each its own places
         if self.segments:
             segment = self.segments["segment_token"]                                        # (M, 1, D) one for each picture
@@ -217,18 +217,18 @@ def draw(model, data, run, args):
     block, query = encoder.blocks[best], places == (model.places + encoder.grid[1]) // 2    # (N,) true at the middle patch
     x = block.norm1(encoder.blocks[:best](encoder.with_class(tokens[:1])))                  # (1, 1+N, D)
     mixture, views = pixels((patches * visible).sum(0, keepdim=True)), []
-    for weights in (Attention.weights(block.attn, x), block.attn.weights(x)):
+    for weights in (Attention.weights(block.attn, x), *([block.attn.weights(x)] * model.homologous)):
         light = torch.zeros(model.places, device=run.device)
         light[places] = weights[0, :, 1:, 1:].mean(0)[query][0]                             # token by token → place by place
         light = (light / light.max()).sqrt()[None, :, None].expand(-1, -1, args.patch ** 2)
         views.append(mixture * unpatchify(light, args.patch, args.size))
     hue = torch.arange(count, device=run.device)[:, None] / count + torch.arange(3, device=run.device) / 3      # (M, 3)
     owner = (visible * (127 + 127 * torch.cos(6.283 * hue))[:, None]).sum(0, keepdim=True).repeat(1, 1, args.patch ** 2)
-    true = ", each hidden patch with its true mean and contrast" if args.norm_pixels else ""
+    topk = ", TopK" * model.homologous
     rows = {"pictures": pixels(patches), "what each of them shows": pixels(patches * visible),
-            f"mixture, whose place, attention of the middle patch (block {int(best) + 1}): all keys, TopK": torch.cat(
-                [mixture, unpatchify(owner, args.patch, args.size), *views]),
-            f"reconstructions{true}": pixels(patches * visible + prediction * (1 - visible))}
+            f"mixture, whose place, attention of the middle patch (block {int(best) + 1}): all keys{topk}":
+                torch.cat([mixture, unpatchify(owner, args.patch, args.size), *views]),
+            "reconstructions" + TRUE_CONTRAST * args.norm_pixels: pixels(patches * visible + prediction * (1 - visible))}
     wide = max(4, count)
     save_sheet(f"{run.out}/mixture.png", {
         title: torch.cat([row, row.new_full((wide - len(row), *row.shape[1:]), 255)]).byte() for title, row in rows.items()})

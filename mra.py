@@ -5,10 +5,10 @@ labels, paint a part of each training picture anew. What it paints is like the p
 encoder's own attention tells the object from its surroundings: the patches that its class token attends to least are hidden and
 painted, so the object stays, its background is imagined afresh, and so does the label.
 
-    images ─┬─► ENCODER, all patches ─► attention ─► keep the most attended 60 % ─┐             kept patches as they were
-    (B,C,H,W)│   frozen, 4 blocks        (B,H,N)      (B,n)                        │             │
-            └─► patches ─────────────────────────────────────────────► ENCODER ─► DECODER ─► painted ─► augmented ─► CLASSIFIER
-                (B,N,D)                                                (B,1+n,D)  (B,N,P·P·C)            (B,C,H,W)
+    images  ─┬─► ENCODER, all patches ─► attention ─► keep the most attended 60 % ─┐            kept patches as they were
+    (B,C,H,W)│   frozen, 4 blocks        (B,H,N)      (B,n)                        │            │
+             └─► patches ────────────────────────────────────────────► ENCODER ─► DECODER ─► painted ─► augmented ─► CLASSIFIER
+                 (B,N,D)                                              (B,1+n,D)  (B,N,P·P·C)            (B,C,H,W)
 
     python mra.py                                              on two CPU cores, nothing to download: with and without MRA
     python mra.py --data fashion-mnist --labels 50 --augment mra+cutmix                     a small torchvision data set
@@ -30,9 +30,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
-from common import (Batches, Decoder, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, fit, keep_lowest,
-                    labelled, load_data, load_decoder, load_encoder, measure, pixel_loss, read_checkpoint, save_sheet, settings,
-                    shared_options, take, unpatchify, visible, vit_of, weights_in)
+from common import (Batches, Decoder, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, erase, fit,
+                    keep_lowest, labelled, load_data, load_decoder, load_encoder, measure, pixel_loss, read_checkpoint,
+                    save_sheet, settings, shared_options, take, unpatchify, visible, vit_of, weights_in)
 
 # ------------------------------------------------------------------------------------------------------- masks, data and losses
 # A strategy is a score for every patch, from attention (B, N); the lowest scores stay. `low` hides what is least attended to.
@@ -112,13 +112,14 @@ class MRA(nn.Module):
     """A data augmentation: images (B, C, H, W) → images. Needs no labels, learns nothing, and leaves no gradient behind.
 
     Of each picture N − visible(N, mask_ratio) patches are painted anew: with `low` those that the frozen encoder's class token
-    attends to least, with `high` most, with `random` any. The others stay as they were, or with `whole` are painted too. It
-    happens to each picture with probability `apply`. `mean` and `std` (C,) say how images are normalised, in pixels 0 … 255:
-    nothing for the augmentor's own normalisation, 0 and 255 for images of 0 … 1. Results are valid pixels again.
+    attends to least, with `high` most, with `random` any. The others stay as they were (our choice), or with `whole` are painted
+    too. It happens to each picture with probability `apply`. `mean` and `std` (C,) say how images are normalised, in pixels 0 …
+    255: nothing for the augmentor's own normalisation, 0 and 255 for images of 0 … 1. Results are valid pixels again.
     """
 
     def __init__(self, encoder, decoder, strategy="low", mask_ratio=0.4, apply=1.0, whole=False, mean=None, std=None, own=(0, 1)):
         super().__init__()
+        check_ratio(Namespace(size=encoder.size, patch=encoder.patch, mask_ratio=mask_ratio))
         self.painter = Autoencoder(encoder, decoder).eval().requires_grad_(False)
         self.strategy, self.mask_ratio, self.probability, self.whole = STRATEGIES[strategy], mask_ratio, apply, whole
         own = [torch.as_tensor(numbers, dtype=torch.float32).view(-1, 1, 1) for numbers in own]
@@ -207,7 +208,7 @@ class Classifier(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- training
 
 def pretrain(args):
-    """Trains the augmentor: MAE with pixel targets, in the paper three quarters hidden."""
+    """Trains the augmentor: MAE with pixel targets (our choice) and three quarters hidden, as in the paper."""
     run = Run(args)
     train, _ = load_data(args, run)
     encoder, decoder = build(args)
@@ -227,8 +228,8 @@ def pretrain(args):
     run.put("augmentor.pt", encoder=encoder.state_dict(), decoder=decoder.state_dict(), args=vars(args))
 
 def make_augmentor(args, run):
-    """→ the MRA for this data: --augmentor, or one trained before, or now, on all its pictures and without labels. That is kept
-    beside the other runs, for all of them."""
+    """→ the MRA for this data: --augmentor, or one trained before, or now, on all its pictures (of scenes always those of
+    seed 0) and without labels. That is kept beside the other runs, for all of them."""
     path = args.augmentor
     if not path:
         name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
@@ -258,12 +259,11 @@ def augmentation(args, mra):
     names = args.augment.split("+")
     mixes = [mix(alpha=alpha, num_classes=len(args.classes)) for name, mix, alpha in (
         ("cutmix", v2.CutMix, 1.0), ("mixup", v2.MixUp, 0.2)) if name in names]
-    cutout = v2.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
 
     def augment(images, labels):
         images = mra(images) if "mra" in names else images
         if "cutout" in names:
-            images = torch.stack([cutout(image) for image in images])
+            images = erase(images, 1.0, (0.25, 0.25), 1.0, noise=False)
         return v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)        # mixed labels are (b, K)
 
     return v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in names else None, augment
@@ -314,7 +314,7 @@ def learn(wrapped, optimizer, batches, augment, run, judge=None):
 def supervised(args):
     """--task supervised: a classifier on labelled pictures, all or --labels of each class, or a long tail (--imbalance)."""
     run = Run(args)
-    train, val = labelled(run, args, args.labels)
+    train, val = labelled(args, run, args.labels)
     if args.imbalance > 1:
         train.pick(long_tail(train.labels, args.imbalance, args.seed))
     mra, plain, model, optimizer = set_up(args, run)
@@ -339,7 +339,7 @@ def semi(args):
     """--task semi: FixMatch. A few pictures have labels; of the others, those the classifier is sure of teach it to say the same
     of a strong view, which MRA paints from the weak one."""
     run = Run(args)
-    train, val = labelled(run, args, all_=True)
+    train, val = labelled(args, run, all_=True)
     few = copy.copy(train)
     few.pick((few.labels >= 0).nonzero()[:, 0])
     few.few(args.labels, args.seed)
@@ -355,11 +355,11 @@ def semi(args):
     judge = Judge(averaged, val, run, args, many.per_epoch, classifier=averaged.module)
     for step in run.steps(many.per_epoch):
         for (images, labels, _), (weak, _, _) in zip(few.at(step), many.at(step)):          # (b, C, H, W), (u·b, C, H, W)
-            with run.autocast():
-                strong = weak
-                if change:                                                                  # RandAugment, as FixMatch has it
-                    pixels = (weak * train.std + train.mean).round().clamp(0, 255).byte()
-                    strong = train.normalise(torch.stack([change(image) for image in pixels]))
+            strong = weak
+            if change:                                                                      # RandAugment, as FixMatch has it
+                pixels = (weak * train.std + train.mean).round().clamp(0, 255).byte()
+                strong = train.normalise(torch.stack([change(image) for image in pixels]))
+            with run.autocast():                                                            # RandAugment's grids want fp32
                 strong, _ = augment(strong, None)
                 scores = wrapped(torch.cat([images, weak, strong]))                         # one BatchNorm for all
                 known, weak, strong = scores.split([len(images), len(weak), len(strong)])   # (b, K), (u·b, K), (u·b, K)
@@ -383,7 +383,7 @@ def of_classes(data, chosen):
 def fewshot(args):
     """--task fewshot: learns some classes, then tells --ways others apart from --shots pictures each, in hundreds of episodes."""
     run = Run(args)
-    train, val = labelled(run, args, args.labels)
+    train, val = labelled(args, run, args.labels)
     order = torch.randperm(len(train.classes), generator=torch.Generator().manual_seed(args.seed)).tolist()
     held_out = args.held_out or len(order) // 2
     if len(order) - held_out < 2:
@@ -405,7 +405,7 @@ def fewshot(args):
         for images, _, _ in val.stream(((part, 0) for part in torch.arange(len(val)).split(250)), run, args.size):
             for k, view in enumerate(views):
                 with run.autocast():
-                    view.append(model.features(mra(images) if k else images).float().cpu())
+                    view.append(model.features(mra.forward(images) if k else images).float().cpu())
     views = F.normalize(torch.stack([torch.cat(view) for view in views], dim=1), dim=-1)    # (M, views, D)
     for shots, (support, query) in tasks.items():
         support, query = views[support].flatten(2, 3), views[query][:, :, :, 0]             # (E, ways, shots·views, D)
@@ -433,7 +433,7 @@ class Occluded(nn.Module):
 def occlusion(args):
     """--task occlusion: how the classifiers of --compare fall as patches are dropped from the pictures they are tested on."""
     run = Run(args)
-    _, val = labelled(run, args)
+    _, val = labelled(args, run)
     there, curves = {path: read_checkpoint(path) for path in args.compare}, {}
     for path, saved in there.items():
         old = saved.get("args", {})
@@ -488,27 +488,27 @@ def draw(mra, data, run, args, count=10):
         run.say("foreground left as it was: " + ", ".join(f"{name} {share:.2f}" for name, share in stays.items()))
         run.write(task=args.task, foreground_kept=stays)
 
-def save_curves(path, panels, side=340, edge=40):
-    """Writes a PNG: under each title lines {name: accuracies at 0, 10 … 90 % dropped} (0 … 1), and below a legend."""
+def save_curves(path, panels, side=360):
+    """Writes a PNG: under each title lines {name: accuracies (0 … 1) at 0, 10 … 90 % dropped}, and below whose is which."""
     names, font = list(next(iter(panels.values()))), ImageFont.load_default(13)
-    sheet = Image.new("RGB", (len(panels) * side + edge, side + 40 + 20 * len(names)), "white")
-    pen, hue = ImageDraw.Draw(sheet), lambda k: f"hsl({360 * k // len(names)}, 80%, 45%)"
+    sheet = Image.new("RGB", (len(panels) * side, side + 20 * len(names)), "white")
+    pen, hue = ImageDraw.Draw(sheet), lambda k: f"hsl({360 * k // len(names)}, 80%, 40%)"
     for p, (title, lines) in enumerate(panels.items()):
-        at = lambda x, y, left=edge + p * side: (left + x / 0.9 * (side - edge), 30 + (1 - y) * (side - 2 * edge))
-        pen.text((edge + p * side, 6), f"{title}: accuracy, 0 … 90 % of the patches dropped", "black", font)
+        at = lambda x, y, left=p * side: (left + 40 + x / 0.9 * (side - 60), 30 + (1 - y) * (side - 60))
+        pen.text((p * side + 40, 6), f"{title}: accuracy, 0 … 90 % of the patches dropped", "black", font)
         for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
             pen.line([at(0, tick), at(0.9, tick)], "lightgrey")
-            pen.text((at(0, tick)[0] - 26, at(0, tick)[1] - 8), f"{tick}", "black", font)
+            pen.text((p * side + 12, at(0, tick)[1] - 8), f"{tick}", "black", font)
         for k, line in enumerate(lines.values()):
             pen.line([at(tenth / 10, y) for tenth, y in enumerate(line)], hue(k), 3)
     for k, name in enumerate(names):
-        pen.line([(edge, side + 28 + 20 * k), (edge + 30, side + 28 + 20 * k)], hue(k), 3)
-        pen.text((edge + 40, side + 20 + 20 * k), name, "black", font)
+        pen.text((40, side - 8 + 20 * k), name, hue(k), font)
     sheet.save(path)
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
-PRESETS = {  # what --data selects, for every option left open; `light` is for the augmentor. imagenet is after the paper
+PRESETS = {  # what --data selects, for every option left open; `light` is for the augmentor. Of imagenet the classifier's are the
+            # paper's, but for the warm-up, and the rest ours
     "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, classifier="conv4",
                    labels=50, epochs=60, batch=50, lr=0.5, warmup=2.0, crop=0.5,
                    light=dict(epochs=3, batch=32, lr=1.6e-2, warmup=0.4, crop=1.0)),
@@ -530,7 +530,8 @@ def preset(args, kind):
 
 def options():
     parser, add = shared_options("mra.py", "Trains a classifier on pictures that a masked autoencoder augments.", dict(
-        epochs=100, batch=256, lr=0.1, warmup=5, weight_decay=1e-4, crop=0.08))
+        epochs=100, batch=256, lr=0.1, warmup="5, ours", weight_decay=1e-4, decayed="all weights", crop=0.08,
+        model="light, ours", decoder_dim="192, ours", decoder_depth="2, ours", decoder_heads="3, ours"))
     parser.set_defaults(weight_decay=None)
     switch = argparse.BooleanOptionalAction
     add["model"]("--mask-ratio", type=float, default=0.4, help="share of the patches that is painted anew (0.4, after the paper)")
@@ -547,7 +548,7 @@ def options():
     task("--augment", default="mra", help=f"augmentations beside crop and flip, joined by +: {', '.join(AUGMENTS)} (mra)")
     task("--baseline", action=switch, help="first train the same without MRA (semi: with RandAugment) to compare (on: scenes)")
     task("--classifier", help="conv4, or a torchvision classifier: resnet50, vit_b_16 … (resnet50)")
-    task("--labels", type=int, help="labelled pictures of each class (all; scenes 50, semi 25)")
+    task("--labels", type=int, help="labelled pictures of each class (all; supervised scenes 50; semi 25, of folders 100)")
     task("--imbalance", type=float, default=1.0, help="supervised: the first class has so many times the last one's pictures (1)")
     task("--unlabelled", type=int, default=7, help="semi: unlabelled pictures for each labelled one (7)")
     task("--threshold", type=float, default=0.95, help="semi: how sure the classifier must be of a picture (0.95)")
@@ -563,7 +564,7 @@ def options():
 
 ONLY = (  # options that do something with these values of another only
     ("task", "supervised", "imbalance"),
-    ("task", "supervised semi fewshot", "crop crops"),
+    ("task", "supervised semi fewshot", "crop crops mask_ratio mask_strategy apply whole"),
     ("task", "semi", "unlabelled threshold ema"),
     ("task", "fewshot", "held_out ways shots queries episodes copies"),
     ("task", "occlusion", "compare"),
@@ -572,7 +573,6 @@ ONLY = (  # options that do something with these values of another only
 
 def main(arguments=None):
     args = fit(settings(options(), preset, arguments, ONLY))
-    check_ratio(args)
     for name in args.augment.split("+"):
         if name not in AUGMENTS or name == "none" and args.augment != "none":
             near = difflib.get_close_matches(name, AUGMENTS, 1)
@@ -586,6 +586,8 @@ def main(arguments=None):
         raise Problem(f"--shots {min(args.shots)}: an episode needs a labelled picture of each class")
     if args.task == "occlusion" and not args.compare:
         raise Problem("--task occlusion needs --compare, the best.pt of one classifier or several")
+    if "mra" in args.augment.split("+") and not args.augmentor:
+        check_ratio(args)
     TASKS[args.task](args)
 
 if __name__ == "__main__":

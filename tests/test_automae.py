@@ -472,6 +472,19 @@ def test_every_blocks_attention_is_that_of_a_vit_cut_off_after_it():
         torch.testing.assert_close(found[:, 2 * k:2 * k + 2], shorter.attention_map(images), rtol=0, atol=1e-6)
     assert automae.Prior(vit).maps == 2
 
+def test_a_prior_sees_pictures_as_it_was_trained_to(tmp_path, monkeypatch):
+    vit, pixels = shake(common.ViT((16, 16), 4, 3, dim=16, depth=2, heads=1), 0.3), 255 * torch.rand(2, 3, 16, 16)
+    mean, std = torch.tensor([10.0, 20, 30]), torch.tensor([40.0, 50, 60])
+    told = dict(mean=mean.tolist(), std=std.tolist(), size=16, patch=4, vit=dict(dim=16, depth=2, heads=1))
+    run = SimpleNamespace(say=lambda text: None)
+    for args, own in ((told, (mean, std)), ({}, (torch.tensor([100.0] * 3), torch.tensor([70.0] * 3)))):
+        torch.save({"encoder": vit.state_dict(), "args": args}, tmp_path / "prior.pt")   # the second does not say
+        options = SimpleNamespace(prior=tmp_path / "prior.pt", size=16, patch=4, channels=3, attention="last", mean=[100.0] * 3,
+                                  std=[70.0] * 3)
+        prior = automae.make_prior(options, None, run)
+        wanted = vit.attention_map((pixels - own[0].view(3, 1, 1)) / own[1].view(3, 1, 1))
+        torch.testing.assert_close(prior((pixels - 100) / 70), wanted, rtol=1e-4, atol=1e-6)
+
 # ----------------------------------------------------------------------------------------------------------------- propose
 
 def objects(count, size=(32, 48)):

@@ -16,8 +16,11 @@ import pytest
 import torch
 import torchvision
 
+import automae
 import common
 import mae
+import mixedae
+import mra
 
 ENDING = str(Path(__file__).with_name("ending.py"))
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}                               # sums in one order: runs repeat
@@ -1043,6 +1046,13 @@ def test_a_bad_checkpoint_is_named_and_left_as_it_is(what, finished, pictures, c
     before = contents(finished)
     code, _, errors = cli("--data", pictures, *QUICK, "--resume", "--out", finished)
     assert code == 2 and "last.pt" in one_line(errors) and contents(finished) == before
+
+def test_resuming_a_run_of_another_script_is_refused_and_loses_nothing(finished, cli):
+    before = contents(finished)
+    for script in (automae, mixedae, mra):
+        code, _, errors = cli("--resume", "--out", finished, script=script)
+        assert code == 2 and re.search("error: .* holds a run of mae.py.*--out", errors) and errors.count("\n") == 1
+        assert contents(finished) == before
 
 @pytest.mark.parametrize("flags", ["--model tiny", "--patch 4", "--decoder-depth 2"])
 def test_resuming_another_model_is_refused_and_loses_nothing(flags, finished, cli):

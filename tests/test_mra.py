@@ -920,6 +920,16 @@ def test_a_baseline_of_pictures_of_another_size_is_not_taken(augmentor, tmp_path
     code, output, errors = cli(*words, "--overwrite", "--size", 48)
     assert code == 2 and "size" in one_line(errors) or saved(tmp_path / "run" / "baseline")["args"]["size"] == 48
 
+def test_without_mra_its_patches_are_not_asked_for(tmp_path, cli):
+    words = "--limit 40 --labels 2 --batch 4 --micro-batch 4 --epochs 1 --augment none --no-baseline --size 30".split()
+    code, output, errors = cli(*RUN, *words, "--out", tmp_path / "run")
+    assert code == 0 and not errors and "supervised: top-1" in output
+
+def test_an_augmentors_own_patches_must_leave_some_visible(augmentor, tmp_path, cli):
+    words = ["--patch", 4, "--mask-ratio", 0.95, "--no-baseline", "--augmentor", augmentor]
+    code, _, errors = cli(*RUN, *words, "--out", tmp_path / "run")
+    assert code == 2 and "one of the 16 patches visible" in one_line(errors)        # 64, were they of --patch
+
 def test_resuming_another_classifier_is_refused_and_loses_nothing(uninterrupted, augmentor, tmp_path, cli):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted[0], out)
