@@ -298,7 +298,8 @@ class Pictures:
     def few(self, count, seed):
         """Keeps `count` pictures of each class, which ones is decided by `seed`. Raises Problem when a class has fewer."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        each = [order[self.labels[order] == k][:count] for k in range(len(self.classes))]
+        labels = self.labels[order]
+        each = [order[labels == k][:count] for k in range(len(self.classes))]
         if short := [f"{name} {len(found)}" for name, found in zip(self.classes, each) if len(found) < count]:
             raise Problem(f"there are not --labels {count} pictures of each class: {', '.join(short[:5])}")
         self.pick(torch.cat(each))

@@ -26,12 +26,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import distributed as dist, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
 from common import (Batches, Decoder, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, erase, fit,
-                    keep_lowest, labelled, load_data, load_decoder, load_encoder, measure, pixel_loss, read_checkpoint,
+                    keep_lowest, labelled, load_data, load_decoder, load_encoder, pixel_loss, read_checkpoint,
                     save_sheet, settings, shared_options, take, unpatchify, visible, vit_of, weights_in)
 
 # ------------------------------------------------------------------------------------------------------- masks, data and losses
@@ -43,9 +43,9 @@ def long_tail(labels, imbalance, seed):
     """labels (M,) → picture numbers: of class c of K the share imbalance^(−c/(K−1)) stays, so that the first keeps all of its
     pictures and the last 1/imbalance (the usual protocol). At least one picture stays, `seed` decides which."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    last, kept = int(labels.max()), []
+    labels, last, kept = labels[order], int(labels.max()), []
     for c in range(last + 1):
-        found = order[labels[order] == c]
+        found = order[labels == c]
         kept.append(found[:max(1, int(len(found) * imbalance ** (-c / max(1, last)) + 1e-9))])
     return torch.cat(kept)
 
@@ -417,42 +417,53 @@ def fewshot(args):
     run.write(step=run.step, task=args.task, top1=result, held_out=val.classes, **found)
     return conclude(result, plain, mra, val, run, args)
 
-class Occluded(nn.Module):
-    """A classifier that sees pictures without a share of their patches (these are 0, the mean colour): first those that the
-    augmentor attends to least (`low`) or most (`high`), or any."""
+def drop(mra, images, scores, share):
+    """images (B, C, H, W), scores (B, N) → the same without a share of their patches, those of highest score: these become 0, the
+    mean colour."""
+    mask = keep_lowest(scores, scores.shape[1] - round(share * scores.shape[1]))[2]         # (B, N)
+    return torch.where(mra.spread(mask) > 0, 0.0, images)
 
-    def __init__(self, model, mra, strategy, share):
-        super().__init__()
-        self.model, self.mra, self.scores, self.share = model, mra, STRATEGIES[strategy], share
-
-    def forward(self, images):
-        scores = self.scores(self.mra.attention(images))                                    # (B, N)
-        mask = keep_lowest(scores, scores.shape[1] - round(self.share * scores.shape[1]))[2]        # (B, N)
-        return self.model(torch.where(self.mra.spread(mask) > 0, 0.0, images))
-
+@torch.no_grad()
 def occlusion(args):
-    """--task occlusion: how the classifiers of --compare fall as patches are dropped from the pictures they are tested on."""
+    """--task occlusion: how the classifiers of --compare fall as patches are dropped from the pictures they are tested on: first
+    those that the augmentor attends to least (`low`) or most (`high`), or any. All classifiers see the same."""
     run = Run(args)
     _, val = labelled(args, run)
-    there, curves = {path: read_checkpoint(path) for path in args.compare}, {}
-    for path, saved in there.items():
+    models = {}
+    for path in args.compare:
+        saved = read_checkpoint(path)
         old = saved.get("args", {})
         if "classifier" not in saved or "augment" not in old or any(
                 old.get(name) != getattr(args, name) for name in ("size", "classes", "channels")):
             raise Problem(f"{path} is no classifier of these pictures: name the best.pt of a supervised or semi run on them")
-    mra = make_augmentor(args, run)
-    run.keep()                                                                              # no checkpoint, only args.json
-    for path, saved in there.items():
-        model = Classifier(saved["args"]["classifier"], len(args.classes), args.channels, args.size)
+        models[f"{old['augment']} ({path})"] = model = Classifier(old["classifier"], len(args.classes), args.channels, args.size)
         try:
             model.load_state_dict(saved["classifier"])
         except RuntimeError:
-            raise Problem(f"{path} is not whole, or of another version: its weights are not a {saved['args']['classifier']}'s")
-        for strategy in STRATEGIES:
-            torch.manual_seed(args.seed)
-            line = [measure(Occluded(model, mra, strategy, tenth / 10).to(run.device), val, run, args)[0] for tenth in range(10)]
-            curves.setdefault(strategy, {})[f"{saved['args']['augment']} ({path})"] = line
-            run.say(f"{path}, {strategy}, 0 … 90 % dropped: " + " ".join(f"{top1:.3f}" for top1 in line))
+            raise Problem(f"{path} is not whole, or of another version: its weights are not a {old['classifier']}'s")
+        model.eval().to(run.device)
+    mra = make_augmentor(args, run)
+    run.keep()                                                                              # no checkpoint, only args.json
+
+    torch.manual_seed(args.seed + run.rank)
+    right = torch.zeros(len(STRATEGIES), len(models), 10, device=run.device)
+    index = torch.arange(len(val))[val.labels.cpu() >= 0]
+    plan = [(part, k) for k, part in enumerate(index[run.rank::run.world].split(250))]
+    for images, labels, _ in val.stream(plan, run, args.size):
+        with run.autocast():
+            attention = mra.attention(images)                                               # (b, N)
+            for s, score in enumerate(STRATEGIES.values()):
+                scores = score(attention)                                                   # (b, N)
+                for tenth in range(10):
+                    seen = drop(mra, images, scores, tenth / 10)
+                    for m, model in enumerate(models.values()):
+                        right[s, m, tenth] += (model(seen).argmax(1) == labels).sum()
+    if run.world > 1:
+        dist.all_reduce(right)
+    curves = {strategy: dict(zip(models, lines)) for strategy, lines in zip(STRATEGIES, (right.double() / len(index)).tolist())}
+    for strategy, lines in curves.items():
+        for name, line in lines.items():
+            run.say(f"{name}, {strategy}, 0 … 90 % dropped: " + " ".join(f"{top1:.3f}" for top1 in line))
     run.write(task=args.task, **curves)
     if run.rank == 0:
         save_curves(f"{run.out}/occlusion.png", curves)
