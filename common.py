@@ -378,7 +378,8 @@ class Files(Pictures):
     def stream(self, plan, run, size, scale=None, change=None, crops=1):
         smooth = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
         edge = round(min(pair(size)) * (256 / 224 if min(pair(size)) <= 224 else 1))        # as in MAE's code
-        crop = v2.Resize(pair(size), **smooth) if scale == 1 else v2.RandomResizedCrop(pair(size), (scale or 1, 1.0), **smooth)
+        whole = scale in (None, 1)                                                          # torchvision would cut off ends
+        crop = v2.Resize(pair(size), **smooth) if whole else v2.RandomResizedCrop(pair(size), (scale, 1.0), **smooth)
         self.crops, self.transform = crops, v2.Compose(
             [crop, v2.RandomHorizontalFlip(), change or v2.Identity()] if scale else
             [v2.Resize(edge, **smooth), v2.CenterCrop(pair(size))])
@@ -812,7 +813,7 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")                                      # TF32 where it is fp32
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=12))
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
         best = "fp32" if kind != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         self.precision, self.workers = args.precision or best, args.workers
         self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
