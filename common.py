@@ -717,8 +717,9 @@ def settings(parser, preset, arguments=None, only=()):
         args = parser.parse_args(arguments)
         for name in ("task", "init", "data", "limit", "labels", "size", "batch", "crops", "seed", "weight_decay", "layer_decay",
                      "imbalance", "unlabelled", "held_out"):
-            if name in old and getattr(args, name) != old[name]:
-                refuse(f"the run to resume has --{name.replace('_', '-')} {old[name]}, not {getattr(args, name)}: leave it out")
+            was, now = parser.get_default(name), getattr(args, name, None)
+            if now != was:
+                refuse(f"the run to resume has --{name.replace('_', '-')} {was}, not {now}: leave it out")
     for option, values, names in only:
         for name in names.split() if not {*str(getattr(args, option)).split("+")} & {*values.split()} else ():
             if getattr(args, name) != parser.get_default(name):

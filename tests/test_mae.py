@@ -334,7 +334,7 @@ def test_knn_weighs_near_neighbours_more_than_many_far_ones():
 def test_the_linear_judge_is_ridge_regression(ridge):
     bank, labels, queries, truth = features_for_judges(classes=4, width=30, queries=500)
     x, q = (part.numpy().astype(float) for part in (bank, queries))
-    mean, std = x.mean(0), x.std(0, ddof=1)
+    mean, std = x.mean(0), x.std(0)
     x, q = (np.c_[(part - mean) / std, np.ones(len(part))] for part in (x, q))
     # Ridge regression as plain least squares: one more row √ridge · eᵢ → 0 for each weight.
     rows, targets = np.r_[x, math.sqrt(ridge) * np.eye(x.shape[1])], np.r_[np.eye(4)[labels.numpy()], np.zeros((x.shape[1], 4))]
