@@ -16,8 +16,8 @@ Four pictures share the places of one: the encoder works on as many tokens as MA
     python mae.py --task probe --init runs/mixedae/last.pt      what the encoder is worth: it is a plain ViT
 
 Measured, first command (2 cores of an AMD EPYC, torch 2.15, seed 0): 4 min 14 s; of a query's chosen keys 0.60 0.70 0.75 0.59 are
-of its own picture, block by block (with one thread 0.61 0.73 0.74 0.85), before training 0.53, by chance 0.25; as an encoder it is
-worth less than MAE's at this scale (README).
+of its own picture, block by block (with one thread 0.61 0.73 0.74 0.85), before training 0.53, by chance 0.25; as an encoder it
+is worth less than MAE's at this scale (README).
 """
 
 import argparse
