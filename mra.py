@@ -234,7 +234,7 @@ def make_augmentor(args, run):
     if not path:
         name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
         folder = os.path.join(os.path.dirname(args.out), f"mra-augmentor-{name}")
-        light = args.light | dict(out=folder, seed=0, weight_decay=0.05, norm_pixels=False, micro_batch=None, crops=1)
+        light = args.light | dict(out=folder, seed=0, mean=None, weight_decay=0.05, norm_pixels=False, micro_batch=None, crops=1)
         first = Namespace(**vars(args) | light)
         first.epochs = args.augmentor_epochs or first.epochs
 
@@ -519,7 +519,7 @@ def save_curves(path, panels, side=360):
 # ------------------------------------------------------------------------------------------------------------ command line
 
 PRESETS = {  # what --data selects, for every option left open; `light` is for the augmentor. Of imagenet the classifier's are the
-            # paper's, but for the warm-up, and the rest ours
+             # paper's, but for the warm-up, and the rest ours
     "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, classifier="conv4",
                    labels=50, epochs=60, batch=50, lr=0.5, warmup=2.0, crop=0.5,
                    light=dict(epochs=3, batch=32, lr=1.6e-2, warmup=0.4, crop=1.0)),

@@ -349,14 +349,14 @@ def test_the_discriminator_of_the_paper():
     assert discriminator(distributions(5, 196)).shape == (5, 1)
 
 def test_the_discriminator_equals_its_formula():
-    discriminator = automae.Discriminator((14, 14)).eval()                                      # without power iterations
+    discriminator = automae.Discriminator((14, 14)).eval()                               # without power iterations
     shake(discriminator, 0.5)
     x = guide = 30 * distributions(6, 196)
     x = x.unflatten(1, (14, 14))[:, None]
     for layer in convolutions(discriminator):
         x = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
         x = torch.where(x > 0, x, 0.2 * x) if layer.out_channels > 1 else x              # and no sigmoid
-    torch.testing.assert_close(discriminator(guide), x.flatten(1), rtol=1e-5, atol=1e-6)        # float32
+    torch.testing.assert_close(discriminator(guide), x.flatten(1), rtol=1e-5, atol=1e-6)  # float32
     slopes = [layer.negative_slope for layer in discriminator.modules() if isinstance(layer, nn.LeakyReLU)]
     assert slopes == [0.2, 0.2] and (x < 0).any() or (x > 1).any()
 
@@ -372,11 +372,11 @@ def test_the_discriminator_has_a_score_for_every_grid_and_sees_every_place(grid)
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 4), (2, 2)])
 def test_spectral_norms_are_one(grid):
-    discriminator = shake(automae.Discriminator(grid), 2.0)                                     # far from 1
+    discriminator = shake(automae.Discriminator(grid), 2.0)                              # far from 1
     for _ in range(200):                                                                 # a power iteration each
         discriminator(distributions(2, grid[0] * grid[1]))
     discriminator.eval()
-    for layer in convolutions(discriminator):                                                   # whose error shrinks slowly
+    for layer in convolutions(discriminator):                                            # whose error shrinks slowly
         assert 0.98 < torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() < 1.02
 
 def test_the_discriminators_loss_and_what_it_sees():
@@ -472,7 +472,7 @@ def test_every_blocks_attention_is_that_of_a_vit_cut_off_after_it():
         torch.testing.assert_close(found[:, 2 * k:2 * k + 2], shorter.attention_map(images), rtol=0, atol=1e-6)
     assert automae.Prior(vit).maps == 2
 
-def test_a_prior_sees_pictures_as_it_was_trained_to(tmp_path, monkeypatch):
+def test_a_prior_sees_pictures_as_it_was_trained_to(tmp_path):
     vit, pixels = shake(common.ViT((16, 16), 4, 3, dim=16, depth=2, heads=1), 0.3), 255 * torch.rand(2, 3, 16, 16)
     mean, std = torch.tensor([10.0, 20, 30]), torch.tensor([40.0, 50, 60])
     told = dict(mean=mean.tolist(), std=std.tolist(), size=16, patch=4, vit=dict(dim=16, depth=2, heads=1))
