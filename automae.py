@@ -316,6 +316,7 @@ ONLY = (  # options that do something with these values of another only
     ("masking", "learned", "two_stage adversarial_weight pseudo_masks"),
     ("masking", "learned attention", "prior prior_epochs attention"),
     ("masking", "learned attention boxes", "mask_factor"),
+    ("prior", "None", "prior_epochs"),
 )
 
 def main(arguments=None):

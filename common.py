@@ -723,8 +723,9 @@ def settings(parser, preset, arguments=None, only=()):
     for option, values, names in only:
         for name in names.split() if not {*str(getattr(args, option)).split("+")} & {*values.split()} else ():
             if getattr(args, name) != parser.get_default(name):
-                where = " or ".join(values.split()).replace("True", "")
-                refuse(f"--{name.replace('_', '-')} does nothing here: it goes with --{option} {where}".rstrip())
+                goes = f"with --{option} " + " or ".join(values.split()).replace("True", "")
+                refuse(f"--{name.replace('_', '-')} does nothing here: it goes "
+                       + (f"without --{option}" if values == "None" else goes.rstrip()))
     kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
     given = {name: value for name, value in vars(args).items() if value is not None} | dict(out=out, script=script)
     args = Namespace(**vars(args) | ({} if old else preset(args, kind)) | given)

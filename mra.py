@@ -580,6 +580,7 @@ ONLY = (  # options that do something with these values of another only
     ("task", "fewshot", "held_out ways shots queries episodes copies"),
     ("task", "occlusion", "compare"),
     ("augment", "mra", "mask_ratio mask_strategy apply whole copies"),
+    ("augmentor", "None", "augmentor_epochs"),
 )
 
 def main(arguments=None):

@@ -902,6 +902,7 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "a box for a mask at random": ("--masking random --adversarial-weight 0.5", "--adversarial-weight does nothing here"),
     "an attention that guides nothing": ("--masking boxes --attention last", "--attention does .*learned or attention"),
     "a prior's epochs without one": ("--masking boxes --prior-epochs 2", "--prior-epochs does nothing here"),
+    "epochs for a prior that is given": ("--prior {tmp}/fine.pt --prior-epochs 2", "--prior-epochs does .*without --prior"),
     "no epochs for the prior": ("--prior-epochs 0", "prior-epochs"),
     "mask ratio 1": ("--mask-ratio 1", "mask-ratio"),
     "mask ratio 0": ("--mask-ratio 0", "mask-ratio"),

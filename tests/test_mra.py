@@ -33,8 +33,9 @@ MEAN, STD = (120.0, 100.0, 90.0), (60.0, 50.0, 70.0)                            
 OTHER = dict(mean=(110.0, 130.0, 80.0), std=(40.0, 70.0, 55.0))
 UNIT = dict(mean=0, std=255)                                                            # pictures of 0 … 1
 COUNT, PER_EPOCH, FIRST = 160, 5, 5                                                     # pictures; steps of an epoch; augmentor's
-RUN = [*SMALL, *f"--limit {COUNT} --labels 12 --epochs 2 --augmentor-epochs 1 --batch 24 --micro-batch 12 --classifier conv4 "
+RUN = [*SMALL, *f"--limit {COUNT} --labels 12 --epochs 2 --batch 24 --micro-batch 12 --classifier conv4 "
        "--warmup 0.5 --workers 0 --device cpu".split()]                                 # 16 places
+ALONE = [*RUN, "--augmentor-epochs", "1"]                                               # trains an augmentor first
 SEMI = ["--task", "semi", *RUN, *"--limit 80 --labels 4 --batch 2 --micro-batch 1".split()]    # 5 steps an epoch, too
 FEWSHOT = ["--task", "fewshot", *RUN, *"--epochs 1 --ways 3 --queries 4 --shots 1 2 --episodes 40 --copies 2".split()]
 
@@ -299,7 +300,7 @@ def uninterrupted(tmp_path_factory):
     """A finished run on scenes, its baseline and augmentor with it → its folder, stdout."""
     out = tmp_path_factory.mktemp("uninterrupted") / "run"
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        mra.main([*RUN, "--out", str(out)])
+        mra.main([*ALONE, "--out", str(out)])
     return out, output.getvalue()
 
 @pytest.fixture(scope="module")
@@ -308,7 +309,7 @@ def augmentor(uninterrupted):
 
 def test_with_crops_the_last_weights_are_measured_and_the_augmentor_is_trained_as_without(uninterrupted, tmp_path, cli):
     shutil.copytree(uninterrupted[0].parent, tmp_path / "there")
-    code, output, errors = cli(*RUN, "--crops", 3, "--no-baseline", "--out", tmp_path / "there" / "crops")
+    code, output, errors = cli(*ALONE, "--crops", 3, "--no-baseline", "--out", tmp_path / "there" / "crops")
     assert code == 0 and not errors and "first the augmentor" not in output                 # the one that is there will do
     epoch, end = [line for line in log_of(tmp_path / "there" / "crops") if "top1" in line][-2:]
     assert epoch["step"] == end["step"] == 2 * 3 * PER_EPOCH and epoch["top1"] == end["top1"]
@@ -686,7 +687,7 @@ def test_the_augmentor_is_kept_and_serves_the_next_run(uninterrupted, augmentor,
     """Beside the first run, and with its seed, the second is the same."""
     before, out = augmentor.read_bytes(), uninterrupted[0].parent / "second"
     monkeypatch.setattr(mra, "pretrain", lambda args: pytest.fail("trained again"))
-    code, output, errors = cli(*RUN, "--no-baseline", "--out", out)
+    code, output, errors = cli(*ALONE, "--no-baseline", "--out", out)
     assert code == 0 and not errors and "first the augmentor" not in output and augmentor.read_bytes() == before
     assert equal(saved(out)["classifier"], saved(uninterrupted[0])["classifier"]) and losses(out) == losses(uninterrupted[0])
     assert all("top1_without_mra" not in line for line in log_of(out)) and not (out / "baseline").exists()
@@ -823,7 +824,7 @@ def test_a_killed_run_resumes_to_the_same_weights_bit_for_bit(uninterrupted, aug
     """Saved in the middle of an epoch and killed in the next: then the log is ahead of the checkpoint."""
     out, save = tmp_path / "run", PER_EPOCH - 2
     shutil.copytree(augmentor.parent, tmp_path / augmentor.parent.name)
-    finish(start(out, *RUN, end=(save, PER_EPOCH + 2, signal.SIGKILL)), -signal.SIGKILL)
+    finish(start(out, *ALONE, end=(save, PER_EPOCH + 2, signal.SIGKILL)), -signal.SIGKILL)
     assert saved(out)["step"] == save and [line["step"] for line in log_of(out)] == [PER_EPOCH]
     code, _, errors = cli("--resume", "--out", out)                                      # with the options of before
     assert code == 0 and not errors
@@ -837,7 +838,7 @@ def test_killed_in_the_baseline_or_the_augmentor_resuming_goes_on(where, save, e
     folder = out / "baseline" if where == "baseline" else tmp_path / augmentor.parent.name
     with monkeypatch.context() as patch:
         interrupt(patch, folder, save, end)
-        assert cli(*RUN, "--out", out)[0] == 130
+        assert cli(*ALONE, "--out", out)[0] == 130
     assert saved(folder)["step"] == save
     seen = count_steps(monkeypatch)
     code, _, errors = cli("--resume", "--out", out)                                      # with the options of before
@@ -851,7 +852,7 @@ def test_killed_in_the_baseline_or_the_augmentor_resuming_goes_on(where, save, e
 @pytest.mark.parametrize("where", ["baseline", "augmentor", "augmentor, no baseline", "run"])
 def test_a_run_that_is_stopped_goes_on_as_it_says(where, augmentor, tmp_path, cli, monkeypatch):
     out, name = tmp_path / "run", augmentor.parent.name
-    words = [*RUN, "--epochs", 1, *["--no-baseline"] * (where in ("augmentor, no baseline", "run")), "--out", out]
+    words = [*ALONE, "--epochs", 1, *["--no-baseline"] * (where in ("augmentor, no baseline", "run")), "--out", out]
     folder = {"baseline": out / "baseline", "run": out}.get(where, tmp_path / name)
     if where == "run":
         shutil.copytree(augmentor.parent, tmp_path / name)
@@ -902,7 +903,7 @@ def test_two_processes_train_what_one_does(uninterrupted, augmentor, tmp_path):
     assert (out / "augmentation.png").exists() and sum("foreground_kept" in line for line in log_of(out)) == 1
 
 def test_overwrite_starts_the_baseline_again_too(tmp_path, cli, monkeypatch):
-    words = [*RUN, *"--limit 40 --labels 2 --batch 4 --micro-batch 4 --epochs 1 --out".split(), tmp_path / "run"]
+    words = [*ALONE, *"--limit 40 --labels 2 --batch 4 --micro-batch 4 --epochs 1 --out".split(), tmp_path / "run"]
     assert cli(*words)[0] == 0
     code, _, errors = cli(*words)
     assert code == 2 and re.search("--resume.*--overwrite", one_line(errors))
@@ -979,6 +980,7 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "shots for a classifier": ("--shots 3", "--shots does .*--task fewshot"),
     "a strategy for nothing": ("--augment cutmix --mask-strategy high", "--mask-strategy does .*--augment mra"),
     "one way": ("--task fewshot --ways 1", "ways"),
+    "epochs for an augmentor that is given": ("--augmentor-epochs 2", "--augmentor-epochs does .*without --augmentor"),
     "no epochs for the augmentor": ("--augmentor-epochs 0", "augmentor-epochs"),
     "nothing to resume": ("--resume", "resume.*last.pt"),
 }
