@@ -658,7 +658,8 @@ def shared_options(script, description, paper=None):
     parser = ArgumentParser(script, description=f"{description} What is left out comes from a preset: scenes (no --data), small "
                             "(torchvision's small sets) or imagenet. In brackets: the paper's value, or the default.")
     add = {name: parser.add_argument_group(name).add_argument for name in ("data", "model", "training", "run")}
-    add["data"]("--data", help="a torchvision name (fashion-mnist, cifar10, stl10, imagenette …) or a folder; left out: scenes")
+    add["data"]("--data", type=lambda name: name.rstrip("/") or name,
+                help="a torchvision name (fashion-mnist, cifar10, stl10, imagenette …) or a folder; left out: scenes")
     add["data"]("--root", default="data", help="folder that torchvision downloads to (data)")
     add["data"]("--limit", type=int, help="only the first so many pictures, for a quick try")
     add["data"]("--size", type=int, help="side of the pictures in pixels (224)")
@@ -825,7 +826,8 @@ class Run:
         share, rest = divmod(args.batch, self.world)
         if rest:
             raise Problem(f"--batch {args.batch} is for all processes together and does not divide among {self.world} processes")
-        self.micro = args.micro_batch or max(m for m in range(1, max(1, min(share, 256)) + 1) if share % m == 0)
+        most = max(1, min(share, 256 // getattr(args, "views", 1)))                         # FixMatch's bring others with them
+        self.micro = args.micro_batch or max(m for m in range(1, most + 1) if share % m == 0)
         self.accumulate = share // self.micro
         if self.accumulate * self.micro != share:
             raise Problem(f"--batch {args.batch} is {share} pictures a process, which --micro-batch {self.micro} does not divide")
@@ -948,6 +950,8 @@ class Run:
                     raise Problem(f"{first.out} holds a run with another {', '.join(wrong)}: remove it, or name another --out")
                 if not wrong or self.args.resume:
                     if path.endswith(result):
+                        if wrong:
+                            self.say(f"{path} is taken as it is, made with another {', '.join(wrong)}")
                         return path
                     first.resume = True
                     break

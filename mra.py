@@ -32,7 +32,7 @@ from torchvision.transforms import v2
 
 from common import (Batches, Decoder, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, erase, fit,
                     keep_lowest, labelled, load_data, load_decoder, load_encoder, pixel_loss, read_checkpoint,
-                    save_sheet, settings, shared_options, take, unpatchify, visible, vit_of, weights_in)
+                    save_sheet, seed_of, settings, shared_options, take, unpatchify, visible, vit_of, weights_in)
 
 # ------------------------------------------------------------------------------------------------------- masks, data and losses
 # A strategy is a score for every patch, from attention (B, N); the lowest scores stay. `low` hides what is least attended to.
@@ -179,25 +179,23 @@ class Classifier(nn.Module):
         self.grey = channels == 1 and name != "conv4"
         known = [model for model in torchvision.models.list_models(module=torchvision.models)
                  if not model.startswith(("squeezenet", "googlenet", "inception"))]         # no linear layer; several answers
-        if name == "conv4" and size < 16:
-            raise Problem(f"--classifier conv4 halves pictures four times: {size} pixels are too few")
-        elif name == "conv4":
-            blocks = [[nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-                      for inputs, outputs in ((channels, 32), (32, 32), (32, 64), (64, 64))]
-            self.body, self.head = nn.Sequential(*sum(blocks, []), nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(64, classes)
-        elif name in known:
-            try:
-                how = {"image_size": size} if name.startswith("vit_") else {}
-                self.body = torchvision.models.get_model(name, num_classes=classes, **how)
-                self.body.eval()(torch.zeros(1, 3, size, size))
-            except (AssertionError, RuntimeError) as error:
-                raise Problem(f"--classifier {name} takes no pictures of {size} pixels ({str(error)[:80]}): change one of them")
-            last = [place for place, layer in self.body.train().named_modules() if isinstance(layer, nn.Linear)][-1]
-            self.head = self.body.get_submodule(last)
-            self.body.set_submodule(last, nn.Identity())
-        else:
+        if name not in ("conv4", *known):
             near = difflib.get_close_matches(name, ["conv4", *known], 1) or ["conv4, resnet18, resnet50, vit_b_16 …"]
             raise Problem(f"--classifier {name} is none that can be used here; did you mean {near[0]}?")
+        try:
+            if name == "conv4":
+                blocks = [[nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
+                           nn.MaxPool2d(2)] for inputs, outputs in ((channels, 32), (32, 32), (32, 64), (64, 64))]
+                self.body = nn.Sequential(*sum(blocks, []), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
+            else:
+                how = {"image_size": size} if name.startswith("vit_") else {}
+                self.body = torchvision.models.get_model(name, num_classes=classes, **how)
+            self.body.eval()(torch.zeros(1, 3 if self.grey else channels, size, size))
+        except (AssertionError, RuntimeError) as error:
+            raise Problem(f"--classifier {name} takes no pictures of {size} pixels ({str(error)[:80]}): change one of them")
+        last = [place for place, layer in self.body.train().named_modules() if isinstance(layer, nn.Linear)][-1]
+        self.head = self.body.get_submodule(last)
+        self.body.set_submodule(last, nn.Identity())
 
     def features(self, images):
         return self.body(images.expand(-1, 3, -1, -1) if self.grey else images)             # (B, D)
@@ -234,7 +232,8 @@ def make_augmentor(args, run):
     if not path:
         name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
         folder = os.path.join(os.path.dirname(args.out), f"mra-augmentor-{name}")
-        light = args.light | dict(out=folder, seed=0, mean=None, weight_decay=0.05, norm_pixels=False, micro_batch=None, crops=1)
+        light = args.light | dict(out=folder, seed=0, mean=None, weight_decay=0.05, norm_pixels=False, micro_batch=None, crops=1,
+                                  views=1)
         first = Namespace(**vars(args) | light)
         first.epochs = args.augmentor_epochs or first.epochs
 
@@ -270,10 +269,10 @@ def augmentation(args, mra):
 
 def set_up(args, run):
     """→ MRA or None; with --baseline what the same task comes to without it, in OUT/baseline, or None; classifier; optimizer."""
-    if run.micro < 2 and args.task != "semi":
-        raise Problem("BatchNorm needs two pictures at once: a larger --batch or --micro-batch")
     torch.manual_seed(args.seed)
     model = Classifier(args.classifier, len(args.classes), args.channels, args.size).to(memory_format=torch.channels_last)
+    if run.micro < 2 and args.task != "semi" and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
+        raise Problem("BatchNorm needs two pictures at once: a larger --batch or --micro-batch")
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
     names, plain = args.augment.split("+"), None
     mra = make_augmentor(args, run) if "mra" in names else None
@@ -284,7 +283,7 @@ def set_up(args, run):
         plain = read_checkpoint(run.prepare(first, "result.pt", (
             "task", "augment", "data", "limit", "labels", "size", "classifier", "seed", "epochs", "batch", "lr", "warmup", "crop",
             "crops", "weight_decay", "imbalance", "unlabelled", "threshold", "ema", "held_out", "ways", "shots", "queries",
-            "episodes"),
+            "episodes", "copies"),
             lambda first: run.put("baseline/result.pt", result=TASKS[args.task](first), args=vars(first))))["result"]
     run.say(f"--augment {args.augment}:")
     return mra, plain, model, optimizer
@@ -294,7 +293,7 @@ def conclude(result, plain, mra, data, run, args):
     if mra and run.rank == 0:
         draw(mra, data, run, args)
     if plain is not None:
-        run.say(f"top-1 without MRA {plain:.3f}, with MRA {result:.3f}")
+        run.say(f"accuracy without MRA {plain:.3f}, with MRA {result:.3f}")
         run.write(task=args.task, top1=result, top1_without_mra=plain)
     return result
 
@@ -332,17 +331,18 @@ def by_size(judge, train):
     """→ accuracy on classes of many (over 100), medium and few (under 20) training pictures, as long-tail papers count."""
     confusion, counts = judge.result()[2].cpu(), torch.bincount(train.labels.cpu(), minlength=len(train.classes))
     right = confusion.diag() / confusion.sum(1).clamp(min=1)
-    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
-    return {f"{name}_shot": right[group].mean().item() for name, group in groups.items() if group.any()}
+    groups, tested = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}, confusion.any(1)
+    return {f"{name}_shot": right[group & tested].mean().item() for name, group in groups.items() if (group & tested).any()}
 
 def semi(args):
     """--task semi: FixMatch. A few pictures have labels; of the others, those the classifier is sure of teach it to say the same
     of a strong view, which MRA paints from the weak one."""
+    args.views = 1 + 2 * args.unlabelled                                                    # pictures, for each labelled one
     run = Run(args)
     train, val = labelled(args, run, all_=True)
-    few = copy.copy(train)
-    few.pick((few.labels >= 0).nonzero()[:, 0])
-    few.few(args.labels, args.seed)
+    taught = copy.copy(train)
+    taught.pick((taught.labels >= 0).nonzero()[:, 0])
+    taught.few(args.labels, args.seed)
     mra, plain, model, optimizer = set_up(args, run)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True).to(run.device)
     wrapped = run.wrap(model)
@@ -351,20 +351,19 @@ def semi(args):
 
     change, augment = augmentation(args, mra)
     many = Batches(train, run, args.size, args.crop, times=args.unlabelled)
-    few = Batches(few, run, args.size, args.crop, steps=args.epochs * many.per_epoch)
+    few = Batches(taught, run, args.size, args.crop, steps=args.epochs * many.per_epoch)
     judge = Judge(averaged, val, run, args, many.per_epoch, classifier=averaged.module)
     for step in run.steps(many.per_epoch):
         for (images, labels, _), (weak, _, _) in zip(few.at(step), many.at(step)):          # (b, C, H, W), (u·b, C, H, W)
             strong = weak
-            if change:                                                                      # RandAugment, as FixMatch has it
+            if change:                                                                      # RandAugment; FixMatch adds Cutout
                 pixels = (weak * train.std + train.mean).round().clamp(0, 255).byte()
                 strong = train.normalise(torch.stack([change(image) for image in pixels]))
             with run.autocast():                                                            # RandAugment's grids want fp32
                 strong, _ = augment(strong, None)
-                scores = wrapped(torch.cat([images, weak, strong]))                         # one BatchNorm for all
-                known, weak, strong = scores.split([len(images), len(weak), len(strong)])   # (b, K), (u·b, K), (u·b, K)
-                agreed, sure = fixmatch_loss(weak, strong, args.threshold)
-                loss = F.cross_entropy(known, labels) + agreed
+                scores = wrapped(torch.cat([images, weak, strong])).split([len(images), len(weak), len(strong)])
+                agreed, sure = fixmatch_loss(*scores[1:], args.threshold)                   # of (u·b, K), twice
+                loss = F.cross_entropy(scores[0], labels) + agreed                          # of (b, K)
             run.backward(loss)
             run.log(loss=loss, unlabelled_loss=agreed, sure=sure)
         run.update(optimizer)
@@ -399,13 +398,13 @@ def fewshot(args):
     learn(wrapped, optimizer, Batches(train, run, args.size, args.crop, change), augment, run)
 
     model.eval()
-    torch.manual_seed(args.seed)
-    views, found = [[] for _ in range(1 + args.copies * bool(mra))], {}                     # as they are, and painted by MRA
-    with torch.no_grad():
-        for images, _, _ in val.stream(((part, 0) for part in torch.arange(len(val)).split(250)), run, args.size):
-            for k, view in enumerate(views):
-                with run.autocast():
-                    view.append(model.features(mra.forward(images) if k else images).float().cpu())
+    views, found = [[] for _ in range(1 + args.copies)], {}                                 # as they are, then as in training
+    for k, view in enumerate(views):
+        plan = ((part, seed_of(args.seed, k, i)) for i, part in enumerate(torch.arange(len(val)).split(250)))
+        for images, _, _ in val.stream(plan, run, args.size, args.crop if k else None):
+            with run.autocast(), torch.no_grad():
+                images = mra.forward(images) if mra and k else images                       # not compiled: the last are fewer
+                view.append(model.features(images).float().cpu())
     views = F.normalize(torch.stack([torch.cat(view) for view in views], dim=1), dim=-1)    # (M, views, D)
     for shots, (support, query) in tasks.items():
         support, query = views[support].flatten(2, 3), views[query][:, :, :, 0]             # (E, ways, shots·views, D)
@@ -433,15 +432,17 @@ def occlusion(args):
     for path in args.compare:
         saved = read_checkpoint(path)
         old = saved.get("args", {})
-        if "classifier" not in saved or "augment" not in old or any(
+        if "classifier" not in saved or not {"augment", "mean", "std"} <= old.keys() or any(
                 old.get(name) != getattr(args, name) for name in ("size", "classes", "channels")):
             raise Problem(f"{path} is no classifier of these pictures: name the best.pt of a supervised or semi run on them")
-        models[f"{old['augment']} ({path})"] = model = Classifier(old["classifier"], len(args.classes), args.channels, args.size)
+        model = Classifier(old["classifier"], len(args.classes), args.channels, args.size)
         try:
             model.load_state_dict(saved["classifier"])
         except RuntimeError:
             raise Problem(f"{path} is not whole, or of another version: its weights are not a {old['classifier']}'s")
-        model.eval().to(run.device)
+        mean, std = (torch.tensor(old[name])[:, None, None] for name in ("mean", "std"))    # its own
+        into = [number.to(run.device) for number in (val.std / std, (val.mean - mean) / std)]
+        models[f"{old['augment']} ({path})"] = model.eval().to(run.device), *into
     mra = make_augmentor(args, run)
     run.keep()                                                                              # no checkpoint, only args.json
 
@@ -456,11 +457,12 @@ def occlusion(args):
                 scores = score(attention)                                                   # (b, N)
                 for tenth in range(10):
                     seen = drop(mra, images, scores, tenth / 10)
-                    for m, model in enumerate(models.values()):
-                        right[s, m, tenth] += (model(seen).argmax(1) == labels).sum()
+                    for m, (model, scale, shift) in enumerate(models.values()):
+                        right[s, m, tenth] += (model(seen * scale + shift).argmax(1) == labels).sum()
     if run.world > 1:
         dist.all_reduce(right)
-    curves = {strategy: dict(zip(models, lines)) for strategy, lines in zip(STRATEGIES, (right.double() / len(index)).tolist())}
+    right = (right.cpu().double() / len(index)).tolist()
+    curves = {strategy: dict(zip(models, lines)) for strategy, lines in zip(STRATEGIES, right)}
     for strategy, lines in curves.items():
         for name, line in lines.items():
             run.say(f"{name}, {strategy}, 0 … 90 % dropped: " + " ".join(f"{top1:.3f}" for top1 in line))
@@ -518,14 +520,14 @@ def save_curves(path, panels, side=360):
 
 # ------------------------------------------------------------------------------------------------------------ command line
 
+NANO = dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, classifier="conv4", crop=0.5)
+
 PRESETS = {  # what --data selects, for every option left open; `light` is for the augmentor. Of imagenet the classifier's are the
              # paper's, but for the warm-up, and the rest ours
-    "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, classifier="conv4",
-                   labels=50, epochs=60, batch=50, lr=0.5, warmup=2.0, crop=0.5,
-                   light=dict(epochs=3, batch=32, lr=1.6e-2, warmup=0.4, crop=1.0)),
-    "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, classifier="conv4",
-                  epochs=30, batch=128, lr=0.2, warmup=1.0, crop=0.5,
-                  light=dict(epochs=5, batch=64, lr=8e-3, warmup=0.5, crop=1.0)),
+    "scenes": NANO | dict(size=64, patch=8, labels=50, epochs=60, batch=50, lr=0.5, warmup=2.0,
+                          light=dict(epochs=3, batch=32, lr=1.6e-2, warmup=0.4, crop=1.0)),
+    "small": NANO | dict(epochs=30, batch=128, lr=0.2, warmup=1.0,
+                         light=dict(epochs=5, batch=64, lr=8e-3, warmup=0.5, crop=1.0)),
     "imagenet": dict(model="light", size=224, patch=16, decoder_dim=192, decoder_depth=2, decoder_heads=3, classifier="resnet50",
                      epochs=100, batch=256, lr=0.1, warmup=5.0, crop=0.08,
                      light=dict(epochs=200, batch=4096, lr=1.5e-4, warmup=40.0, crop=0.2)),
@@ -551,8 +553,8 @@ def options():
     add["model"]("--whole", action=switch, default=False,
                  help="kept patches too come from the decoder, which never learned them (off)")
     add["model"]("--augmentor", help="checkpoint of the masked autoencoder; left out: one is trained for this data, and kept")
-    add["model"]("--augmentor-epochs", type=int, help="epochs of its training (3 on scenes); --model to --decoder-heads are its "
-                 "own, too, --epochs to --warmup the classifier's")
+    add["model"]("--augmentor-epochs", type=int, help="epochs of its training (3 on scenes); --model, --patch and --decoder-… "
+                 "say what it is, --epochs, --batch, --lr and --warmup are the classifier's")
 
     task = parser.add_argument_group("task").add_argument
     task("--task", choices=TASKS, default="supervised", help="what to do (supervised)")
@@ -569,17 +571,19 @@ def options():
     task("--shots", type=int, nargs="+", default=[1, 5], help="fewshot: labelled pictures of each (1 5)")
     task("--queries", type=int, default=15, help="fewshot: test pictures of each (15)")
     task("--episodes", type=int, default=600, help="fewshot: how many (600)")
-    task("--copies", type=int, default=5, help="fewshot: views that MRA adds to each labelled picture (5, our choice)")
+    task("--copies", type=int, default=5, help="fewshot: views of each labelled picture that join it, cropped, flipped and "
+         "painted by MRA as in training (5, our choice)")
     task("--compare", nargs="+", default=[], help="occlusion: best.pt of the classifiers")
     return parser
 
 ONLY = (  # options that do something with these values of another only
     ("task", "supervised", "imbalance"),
-    ("task", "supervised semi fewshot", "crop crops mask_ratio mask_strategy apply whole"),
+    ("task", "supervised semi fewshot",
+     "augment baseline classifier labels crop crops mask_ratio mask_strategy apply whole"),
     ("task", "semi", "unlabelled threshold ema"),
     ("task", "fewshot", "held_out ways shots queries episodes copies"),
     ("task", "occlusion", "compare"),
-    ("augment", "mra", "mask_ratio mask_strategy apply whole copies"),
+    ("augment", "mra", "mask_ratio mask_strategy apply whole augmentor augmentor_epochs"),
     ("augmentor", "None", "augmentor_epochs"),
 )
 

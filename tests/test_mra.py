@@ -33,8 +33,8 @@ MEAN, STD = (120.0, 100.0, 90.0), (60.0, 50.0, 70.0)                            
 OTHER = dict(mean=(110.0, 130.0, 80.0), std=(40.0, 70.0, 55.0))
 UNIT = dict(mean=0, std=255)                                                            # pictures of 0 … 1
 COUNT, PER_EPOCH, FIRST = 160, 5, 5                                                     # pictures; steps of an epoch; augmentor's
-RUN = [*SMALL, *f"--limit {COUNT} --labels 12 --epochs 2 --batch 24 --micro-batch 12 --classifier conv4 "
-       "--warmup 0.5 --workers 0 --device cpu".split()]                                 # 16 places
+ANY = [*SMALL, *f"--limit {COUNT} --epochs 2 --batch 24 --micro-batch 12 --warmup 0.5 --workers 0 --device cpu".split()]
+RUN = [*"--labels 12 --classifier conv4".split(), *ANY]                                 # 16 places
 ALONE = [*RUN, "--augmentor-epochs", "1"]                                               # trains an augmentor first
 SEMI = ["--task", "semi", *RUN, *"--limit 80 --labels 4 --batch 2 --micro-batch 1".split()]    # 5 steps an epoch, too
 FEWSHOT = ["--task", "fewshot", *RUN, *"--epochs 1 --ways 3 --queries 4 --shots 1 2 --episodes 40 --copies 2".split()]
@@ -144,10 +144,11 @@ def test_exactly_as_many_patches_are_painted_as_the_ratio_says_and_the_others_ar
     images = normal(pictures(6, grid, channels), how.get("mean", MEAN), how.get("std", STD))
     places = grid[0] * grid[1]
     for strategy, ratio in itertools.product(mra.STRATEGIES, (0.1, 0.25, 0.4, 0.5, 0.75, 0.9)):
+        before = images.clone()
         augmented = tiny(grid, channels, strategy=strategy, mask_ratio=ratio, **how)(images)
         assert augmented.shape == images.shape and augmented.dtype == images.dtype
         assert (changed(images, augmented).sum(1) == places - int(places * (1 - ratio))).all()
-        assert torch.equal(images, images.clone())                                       # not in place
+        assert torch.equal(images, before)                                               # not in place
 
 def test_attention_equals_a_slow_formula():
     for how in ({}, OTHER):
@@ -252,9 +253,10 @@ def test_half_precision_pictures_stay_so_and_keep_their_bits():
     images = normal(pictures(4)).bfloat16()
     augmented = tiny()(images)
     assert augmented.dtype == torch.bfloat16 and (changed(images, augmented).sum(1) <= 7).all()
+    images = normal(pictures(4))
     with torch.autocast("cpu", torch.bfloat16):
-        augmented = tiny()(normal(pictures(4)))
-    assert augmented.dtype == torch.float32
+        augmented = tiny()(images)
+    assert augmented.dtype == torch.float32 and (changed(images, augmented).sum(1) == 7).all()
 
 @pytest.mark.parametrize("names", ["none", "mra", "cutout", "mra+cutout"])
 def test_labels_stay_and_cutout_drops_a_quarter_after_mra(names):
@@ -621,6 +623,8 @@ def test_classes_are_grouped_by_how_many_pictures_they_had():
     group = lambda train: mra.by_size(types.SimpleNamespace(result=lambda: (0, 0, confusion)), train)
     wanted = {"many_shot": (0.9 + 0.5) / 2, "medium_shot": (0.5 + 0.8 + 0.6) / 3, "few_shot": (0.25 + 0.1) / 2}
     assert group(train) == pytest.approx(wanted)
+    confusion[6] = 0                                                                     # of which nothing is known
+    assert group(train) == pytest.approx(wanted | {"few_shot": 0.25})
     train.labels = torch.arange(7).repeat(30)
     assert group(train).keys() == {"medium_shot"}                                        # none without classes, no NaN
 
@@ -705,7 +709,8 @@ def test_every_augmentation_runs_and_trains_in_its_own_way(augmentor, tmp_path, 
     found, names = {}, [*mra.AUGMENTS, "mra+cutmix"]
     for name in names:
         out = tmp_path / name
-        code, _, errors = cli(*RUN, *FEW, "--no-baseline", "--augment", name, "--augmentor", augmentor, "--out", out)
+        words = ["--augment", name, *["--augmentor", augmentor] * ("mra" in name)]
+        code, _, errors = cli(*RUN, *FEW, "--no-baseline", *words, "--out", out)
         assert code == 0 and not errors
         assert (out / "augmentation.png").exists() == ("mra" in name)
         (found[name],) = losses(out)
@@ -769,6 +774,23 @@ def test_semi_supervised_learning_counts_sure_pictures_and_measures_the_mean(aug
     assert [line["step"] for line in epochs_of(out)] == [PER_EPOCH, 2 * PER_EPOCH]       # 80 pictures in steps of 7 · 2
     assert {"top1", "top1_without_mra"} <= log_of(out)[-1].keys() and (out / "augmentation.png").exists()
 
+@pytest.mark.parametrize("names", ["mra", "randaugment"])
+def test_the_weak_view_judges_and_only_the_strong_one_is_augmented(names, augmentor, tmp_path, cli, monkeypatch):
+    seen, views, judged, painted = [], mra.Classifier.forward, mra.fixmatch_loss, []
+    monkeypatch.setattr(mra.Classifier, "forward", lambda net, images: seen.append((images, views(net, images))) or seen[-1][1])
+    monkeypatch.setattr(mra, "fixmatch_loss", lambda *scores: painted.append(scores) or judged(*scores))
+    words = ["--augment", names, *["--augmentor", augmentor] * (names == "mra"), "--no-baseline", "--epochs", 1]
+    code, _, errors = cli(*SEMI, *words, "--threshold", 0.3, "--out", tmp_path / "run")
+    assert code == 0 and not errors
+    images, scores = seen[0]
+    known, weak, strong = images.split([1, 7, 7])                                        # micro-batches of 1 and 7
+    assert torch.equal(painted[0][0], scores[1:8]) and torch.equal(painted[0][1], scores[8:]) and painted[0][2] == 0.3
+    if names == "mra":
+        args = saved(tmp_path / "run")["args"]
+        paint = mra.MRA.load(augmentor, mean=args["mean"], std=args["std"])
+        torch.testing.assert_close(strong, paint(weak), rtol=0, atol=1e-4)               # float32, other batches
+    assert all(not torch.equal(*both) for both in zip(weak, strong))
+
 def test_the_mean_of_the_weights_moves_by_its_share(augmentor, tmp_path, cli):
     words = [*SMALL, *"--task semi --limit 40 --labels 2 --batch 2 --unlabelled 7 --warmup 0 --no-baseline --device cpu".split(),
              "--augmentor", augmentor]
@@ -783,9 +805,10 @@ def test_the_mean_of_the_weights_moves_by_its_share(augmentor, tmp_path, cli):
             torch.testing.assert_close(seen[2]["classifier"][name], wanted, rtol=0, atol=1e-6)   # float32
 
 def test_few_shot_learning_reports_means_and_intervals(augmentor, tmp_path, cli, monkeypatch):
-    found, out = {}, tmp_path / "run"
+    found, out, given = {}, tmp_path / "run", []
     for judge in (mra.nearest_centroid, mra.logistic_regression):
         def spy(support, query, judge=judge):
+            given.append((support, query))
             assert query.shape[:3] == (40, 3, 4) and support.shape[2] in (3, 6)          # 1 or 2 shots, each with two copies
             torch.testing.assert_close(support.norm(dim=-1), torch.ones(support.shape[:3]))
             right = judge(support, query)
@@ -800,14 +823,26 @@ def test_few_shot_learning_reports_means_and_intervals(augmentor, tmp_path, cli,
     for name, right in found.items():
         mean, spread = sum(right) / 40, 1.96 * np.std(right, ddof=1) / math.sqrt(40)
         assert line[name] == pytest.approx([mean, spread], rel=1e-5)                     # float32
-        assert f"{mean:.4f} ± {spread:.4f}" in output
+        assert "{:.4f} ± {:.4f}".format(*line[name]) in output
     base = saved(out)["args"]["classes"]
     assert not set(base) & set(line["held_out"]) and set(base) | set(line["held_out"]) == set(common.SHAPES)
     assert saved(out)["classifier"]["head.weight"].shape == (5, 64) and line["top1"] == line["nearest_centroid_2"][0]
 
+    net = mra.Classifier("conv4", 5, 3, 32).eval()
+    net.load_state_dict(saved(out)["classifier"])
+    val, (train, _) = common.open_data(size=32, limit=COUNT)[1], common.open_data(size=32, limit=COUNT)
+    val.mean, val.std = train.mean, train.std
+    with torch.no_grad():
+        plain = nn.functional.normalize(net.features(val.normalise(val.images)), dim=-1)    # pictures as they are
+    as_it_is = lambda x: torch.cdist(x.flatten(0, -2), plain).amin(1).view(x.shape[:-1]) < 1e-3     # lengths are 1, in float32
+    for support, query in given:
+        first, *copies = support.unflatten(2, (-1, 3)).unbind(3)                         # each shot's three views
+        assert as_it_is(query).all() and as_it_is(first).all() and len(copies) == 2
+        assert not as_it_is(torch.cat(copies)).any() and ((copies[0] - copies[1]).norm(dim=-1) > 1e-3).all()
+
 def test_occlusion_of_nothing_is_the_plain_accuracy(uninterrupted, augmentor, tmp_path, cli):
     out = tmp_path / "run"
-    code, _, errors = cli("--task", "occlusion", *RUN, *"--batch 80 --micro-batch 80".split(), "--augmentor", augmentor,
+    code, _, errors = cli("--task", "occlusion", *ANY, *"--batch 80 --micro-batch 80".split(), "--augmentor", augmentor,
                           "--compare", uninterrupted[0] / "best.pt", "--out", out)
     assert code == 0 and not errors
     (line,) = log_of(out)
@@ -815,8 +850,41 @@ def test_occlusion_of_nothing_is_the_plain_accuracy(uninterrupted, augmentor, tm
     for strategy in mra.STRATEGIES:
         (curve,) = line[strategy].values()
         assert len(curve) == 10 and curve[0] == best and len(set(curve)) > 1
+    best = torch.load(uninterrupted[0] / "best.pt", weights_only=True)
+    net = mra.Classifier("conv4", 10, 3, 32).eval()
+    net.load_state_dict(best["classifier"])
+    val, own = common.open_data(size=32, limit=COUNT)[1], {name: best["args"][name] for name in ("mean", "std")}
+    model = mra.MRA.load(augmentor, **own)
+    val.mean, val.std = (torch.tensor(numbers)[:, None, None] for numbers in own.values())
+    images = val.normalise(val.images)
+    for strategy in ("low", "high"):
+        (curve,) = line[strategy].values()
+        for tenth in (3, 7):
+            seen = images.clone()
+            for image, attention in zip(seen, model.attention(images)):
+                order = attention.argsort(descending=strategy == "high")
+                for place in order[:round(16 * tenth / 10)].tolist():
+                    image[:, place // 4 * 8:place // 4 * 8 + 8, place % 4 * 8:place % 4 * 8 + 8] = 0
+            with torch.no_grad():
+                assert curve[tenth] == (net(seen).argmax(1) == val.labels).double().mean().item()
     sheet = torchvision.io.decode_image(str(out / "occlusion.png"))
     assert sheet.shape[2] > 3 * 300 and sheet.float().std() > 10
+
+def test_each_classifier_sees_occluded_pictures_normalised_as_in_its_training(uninterrupted, augmentor, tmp_path, cli):
+    """One that wants pixels as they are, and undoes that in its first convolution, is the same classifier."""
+    best = torch.load(uninterrupted[0] / "best.pt", weights_only=True)
+    mean, std = (torch.tensor(best["args"][name]) for name in ("mean", "std"))
+    best["args"] |= dict(mean=[0.0] * 3, std=(2 * std).tolist())
+    best["classifier"]["body.0.weight"] *= 2                                             # no bias: only the contrast is undone
+    torch.save(best, tmp_path / "other.pt")
+    best["args"] |= dict(mean=mean.tolist())
+    torch.save(best, tmp_path / "same.pt")
+    code, _, errors = cli("--task", "occlusion", *ANY, "--augmentor", augmentor, "--out", tmp_path / "run", "--compare",
+                          uninterrupted[0] / "best.pt", tmp_path / "same.pt", tmp_path / "other.pt")
+    assert code == 0 and not errors
+    for strategy in mra.STRATEGIES:
+        plain, same, other = log_of(tmp_path / "run")[0][strategy].values()
+        assert plain == same != other
 
 # ------------------------------------------------------------------------------------------------- killed, stopped, in parallel
 
@@ -884,6 +952,13 @@ def test_a_finished_run_resumed_changes_nothing(uninterrupted, augmentor, tmp_pa
     code, output, errors = cli("--resume", "--out", out)
     assert code == 0 and not errors and not seen and "with MRA" in output and contents() == before
 
+def test_a_run_resumed_for_longer_says_that_its_baseline_was_not(uninterrupted, augmentor, tmp_path, cli):
+    out = tmp_path / "run"
+    shutil.copytree(uninterrupted[0], out), shutil.copytree(augmentor.parent, tmp_path / augmentor.parent.name)
+    code, output, errors = cli("--resume", "--epochs", 3, "--out", out)
+    assert code == 0 and not errors and "result.pt is taken as it is, made with another epochs" in output
+    assert len(losses(out)) == 3 and len(losses(out / "baseline")) == 2
+
 def test_a_finished_few_shot_run_resumed_says_the_same(augmentor, tmp_path, cli, monkeypatch):
     assert cli(*FEWSHOT, "--augmentor", augmentor, "--no-baseline", "--out", tmp_path / "run")[0] == 0
     before, seen = (tmp_path / "run" / "log.jsonl").read_text(), count_steps(monkeypatch)
@@ -902,6 +977,23 @@ def test_two_processes_train_what_one_does(uninterrupted, augmentor, tmp_path):
         assert other["loss"] == pytest.approx(line["loss"], rel=1e-5) and other["lr"] == line["lr"]
     assert (out / "augmentation.png").exists() and sum("foreground_kept" in line for line in log_of(out)) == 1
 
+def test_two_processes_learn_from_few_labels_and_occlude_as_one_does(uninterrupted, augmentor, tmp_path, cli):
+    words = [*SEMI, "--epochs", 1, "--no-baseline", "--augmentor", augmentor, "--threshold", 0.2]
+    assert cli(*words, "--out", tmp_path / "one")[0] == 0
+    finish(start(tmp_path / "two", *words, processes=2))
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
+    for name, value in one["model"].items():
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(two["model"][name], value, rtol=0, atol=1e-5)     # sums in another order, in float32
+    for name in ("loss", "unlabelled_loss", "sure"):
+        assert epochs_of(tmp_path / "two")[0][name] == pytest.approx(epochs_of(tmp_path / "one")[0][name], rel=1e-5)
+
+    words = ["--task", "occlusion", *ANY, "--augmentor", augmentor, "--compare", uninterrupted[0] / "best.pt"]
+    assert cli(*words, "--out", tmp_path / "curves")[0] == 0
+    finish(start(tmp_path / "both", *words, processes=2))
+    (one,), (two,) = log_of(tmp_path / "curves"), log_of(tmp_path / "both")
+    assert one["low"] == two["low"] and one["high"] == two["high"] and one["random"] != one["low"]
+
 def test_overwrite_starts_the_baseline_again_too(tmp_path, cli, monkeypatch):
     words = [*ALONE, *"--limit 40 --labels 2 --batch 4 --micro-batch 4 --epochs 1 --out".split(), tmp_path / "run"]
     assert cli(*words)[0] == 0
@@ -915,7 +1007,7 @@ def test_a_baseline_of_pictures_of_another_size_is_not_taken(augmentor, tmp_path
              augmentor]
     assert cli(*words)[0] == 0
     code, output, errors = cli(*words, "--overwrite", "--size", 48)
-    assert code == 2 and "size" in one_line(errors) or saved(tmp_path / "run" / "baseline")["args"]["size"] == 48
+    assert code == 0 and not errors and saved(tmp_path / "run" / "baseline")["args"]["size"] == 48
 
 def test_without_mra_its_patches_are_not_asked_for(tmp_path, cli):
     words = "--limit 40 --labels 2 --batch 4 --micro-batch 4 --epochs 1 --augment none --no-baseline --size 30".split()
@@ -978,6 +1070,8 @@ BAD = {  # what is wrong: options after the usual ones, and what the line must s
     "an unknown task": ("--task classify", "classify"),
     "an imbalance for semi": ("--task semi --imbalance 10", "--imbalance does .*--task supervised"),
     "shots for a classifier": ("--shots 3", "--shots does .*--task fewshot"),
+    "an augmentor of nothing": ("--augment cutmix --augmentor x.pt", "--augmentor does .*--augment mra"),
+    "labels for occlusion": ("--task occlusion --labels 5", "--labels does .*--task supervised or semi or fewshot"),
     "a strategy for nothing": ("--augment cutmix --mask-strategy high", "--mask-strategy does .*--augment mra"),
     "one way": ("--task fewshot --ways 1", "ways"),
     "epochs for an augmentor that is given": ("--augmentor-epochs 2", "--augmentor-epochs does .*without --augmentor"),
@@ -1007,21 +1101,22 @@ def wrong(augmentor, tmp_path_factory):
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_gets_one_line_and_writes_nothing(what, wrong, augmentor, tmp_path, cli):
     options, says = BAD[what]
-    words = [*RUN[:-2], "--device", "cpu", "--no-baseline", "--augmentor", augmentor]
-    if "semi" in what or "fewshot" in what:
-        words[words.index("--labels"):words.index("--labels") + 2] = []
+    words = ANY if "occlusion" in options else [*ANY, "--no-baseline", "--classifier", "conv4"]
+    words = [*words, *["--labels", 12] * ("--task" not in options)]
+    if not re.search("--augment[ =]", options) or "mra" in options:
+        words = [*words, "--augmentor", augmentor]
     code, _, errors = cli(*words, "--out", tmp_path / "out", *options.format(tmp=wrong, augmentor=augmentor).split())
     assert code == 2 and re.search(says, one_line(errors)), errors
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]                  # so that the next try may begin
 
-@pytest.mark.parametrize("flags, says", [("--classifier resnet81", "resnet18"),
-                                         ("--classifier resnet81 --no-baseline", "resnet18"),
-                                         ("--augmentor nowhere.pt", "nowhere.pt"),
+@pytest.mark.parametrize("flags, says", [("--labels 12 --classifier resnet81", "resnet18"),
+                                         ("--labels 12 --classifier resnet81 --no-baseline", "resnet18"),
+                                         ("--labels 12 --augmentor nowhere.pt", "nowhere.pt"),
                                          ("--task occlusion --compare nowhere.pt", "nowhere.pt")])
 def test_a_mistake_is_found_before_anything_is_trained(flags, says, tmp_path, cli, monkeypatch):
     for name in ("pretrain", "learn"):
         monkeypatch.setattr(mra, name, lambda *arguments: pytest.fail("trained first"))
-    code, _, errors = cli(*RUN, "--out", tmp_path / "out", *flags.split())
+    code, _, errors = cli(*ANY, "--out", tmp_path / "out", *flags.split())
     assert code == 2 and says in one_line(errors)
 
 def test_overwrite_spares_what_is_read(uninterrupted, augmentor, tmp_path, cli):
@@ -1036,7 +1131,7 @@ def test_overwrite_spares_what_is_read(uninterrupted, augmentor, tmp_path, cli):
 def test_overwrite_spares_the_classifiers_that_occlusion_compares(uninterrupted, augmentor, tmp_path, cli):
     out = tmp_path / "run"
     shutil.copytree(uninterrupted[0], out)
-    code, _, errors = cli("--task", "occlusion", *RUN, "--augmentor", augmentor, "--compare", out / "best.pt", "--overwrite",
+    code, _, errors = cli("--task", "occlusion", *ANY, "--augmentor", augmentor, "--compare", out / "best.pt", "--overwrite",
                           "--out", out)
     assert code == 2 and re.search("--overwrite.*best.pt", one_line(errors)) and (out / "best.pt").exists()
 
