@@ -79,11 +79,13 @@ class Discriminator(nn.Module):
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(32, 1, size)))
 
     def forward(self, guide):
-        return self.layers(self.scale * guide.unflatten(-1, self.grid)[:, None]).flatten(1).float()
+        with torch.autocast(guide.device.type, enabled=False):                              # bf16 knows 1/N too coarsely
+            return self.layers(self.scale * guide.unflatten(-1, self.grid)[:, None]).flatten(1)
 
 def boxes(batch, grid, device, matched=False):
     """→ (B, N): distributions that look as wanted. One rectangle a picture, 40 to 160 of 196 patches large, with a
-    height from 4 to all but 4 of 14 rows (scaled with the grid), at a random place; 0.5 in it, plus noise, through a softmax.
+    height from 4 to all but 4 of 14 rows (scaled with the grid; rounded, so the first and last come half as often), at a random
+    place; 0.5 in it, plus noise, through a softmax.
 
     Guides have Gumbel's noise, whose spikes alone give them away, whatever the generator does. `matched` (ours) gives boxes
     the same noise, stands them out of it by 4 instead of 0.5, and lets them cover half as much, 20 to 80 of 196."""
@@ -152,8 +154,9 @@ def make_prior(args, data, run):
     run.say(f"prior: {load_encoder(prior, path)}")
     if prior.grid != (args.size // args.patch,) * 2:
         raise Problem(f"the prior has patches of {prior.patch} pixels, {prior.grid[0]} in a row; use --patch {prior.patch}")
-    own = [torch.tensor(weights_in(path)[1].get(name) or vars(args)[name])[:, None, None] for name in ("mean", "std")]
-    mean, std = (torch.tensor(vars(args)[name])[:, None, None] for name in ("mean", "std"))
+    told, tensor = weights_in(path)[1], lambda numbers: torch.tensor(numbers)[:, None, None]
+    mean, std = tensor(args.mean), tensor(args.std)
+    own = [tensor(told.get("mean") or args.mean), tensor(told.get("std") or args.std)]
     return Prior(prior, args.attention == "all", std / own[1], (mean - own[0]) / own[1])
 
 def propose(masking, generator, attention, masks, noise, grid, n):
@@ -184,12 +187,12 @@ def foreground_facts(probability, attention, mask, masks, grid):
     look at a picture) and by attention alone, and how much of each is hidden."""
     there = F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)                           # (b, N) share of foreground
     mean = lambda x, where: (x * where).sum() / where.sum().clamp(min=1e-6)
-    facts = {"foreground_ratio": mean(probability, there) / mean(probability, 1 - there),
+    ratio = lambda x: mean(x, there) / mean(x, 1 - there).clamp(min=1e-6)                   # crops may hold no object
+    facts = {"foreground_ratio": ratio(probability),
              "hidden_foreground": mean(mask, there), "hidden_background": mean(mask, 1 - there)}
-    even = probability.mean(0, keepdim=True).expand_as(probability)                         # the same mask for every picture
-    facts["static_ratio"] = mean(even, there) / mean(even, 1 - there)
+    facts["static_ratio"] = ratio(probability.mean(0, keepdim=True).expand_as(probability))         # one mask for all pictures
     if attention is not None:
-        facts["attention_ratio"] = mean(attention.mean(1), there) / mean(attention.mean(1), 1 - there)
+        facts["attention_ratio"] = ratio(attention.mean(1))
     return facts
 
 def pretrain(args, data=None):
@@ -211,7 +214,7 @@ def pretrain(args, data=None):
     wrapped, places = run.wrap(model), encoder.grid[0] * encoder.grid[1]                    # device, torch.compile, DDP
     if learned:
         wrapped_discriminator = run.wrap(discriminator)
-        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.9, 0.95))
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.9, 0.95), fused=run.device.type == "cuda")
         run.keep(encoder=encoder, decoder=decoder, generator=generator, discriminator=discriminator, optimizer=optimizer,
                  discriminator_optimizer=discriminator_optimizer)                           # in last.pt
     else:
@@ -302,10 +305,10 @@ def options():
                  "often: what the generator says, what the prior attends to, the object's true box, nothing (learned)")
     add["model"]("--mask-factor", type=float, default=0.5, help="how much more often: added to noise of 0 … 1 (0.5)")
     add["model"]("--norm-pixels", action=switch, help="predict each patch normalised by its own mean and contrast (on)")
-    add["model"]("--adversarial-weight", type=float, default=0.2, help="of looking like a box, beside reconstruction (0.2)")
-    add["model"]("--pseudo-masks", choices=("paper", "matched"), help="boxes for the discriminator: the paper's, or with "
-                 "the guides' own noise, smaller and clearer, for small pictures and short runs (paper)")
-    add["model"]("--attention", choices=("last", "all"), help="blocks of the prior whose attention the generator sees (last)")
+    add["model"]("--adversarial-weight", type=float, default=0.2, help="weight of looking like a box, for the generator (0.2)")
+    add["model"]("--pseudo-masks", choices=("paper", "matched"), help="the discriminator's boxes: the paper's, or, for small "
+                 "pictures and short runs, clearer ones with the guides' own noise, × N, and a slower generator (paper)")
+    add["model"]("--attention", choices=("last", "all"), help="blocks of the prior whose attention guides the masks (last)")
     add["model"]("--two-stage", action=switch, default=False, help="the generator learns from the discriminator alone (off)")
     add["model"]("--prior", help="checkpoint with the pre-trained ViT for the attention (MAE, ViT-B, 800 epochs)")
     add["model"]("--prior-epochs", type=int, help="epochs of the plain MAE that is trained first when there is no --prior "

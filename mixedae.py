@@ -154,7 +154,8 @@ class MixedAE(nn.Module):
         loss = pixel_loss(images, prediction, mask, self.encoder.patch, self.norm_pixels)
         facts = {"reconstruction_loss": loss}
         if self.contrastive:
-            facts["contrastive_loss"] = contrastive_loss(latent[:, 1:], self.own)
+            with torch.autocast(latent.device.type, enabled=False):
+                facts["contrastive_loss"] = contrastive_loss(latent[:, 1:], self.own)
             loss = loss + self.contrastive * facts["contrastive_loss"]
         if self.homologous:
             facts["topk_accuracy"] = torch.stack([block.attn.accuracy.mean() for block in self.encoder.blocks])     # chance: n/N
@@ -214,8 +215,8 @@ def draw(model, data, run, args):
         prediction = with_contrast(prediction, patches)
     pixels = lambda x: (unpatchify(x, args.patch, args.size) * data.std + data.mean).clamp(0, 255).expand(-1, 3, -1, -1)
 
-    best = facts["topk_accuracy"].argmax() if model.homologous else len(encoder.blocks) - 1
-    block, query = encoder.blocks[best], places == (model.places + encoder.grid[1]) // 2    # (N,) true at the middle patch
+    (h, w), best = encoder.grid, facts["topk_accuracy"].argmax() if model.homologous else len(encoder.blocks) - 1
+    block, query = encoder.blocks[best], places == h // 2 * w + w // 2                     # (N,) true at the middle patch
     x = block.norm1(encoder.blocks[:best](encoder.with_class(tokens[:1])))                  # (1, 1+N, D)
     mixture, views = pixels((patches * visible).sum(0, keepdim=True)), []
     for weights in (Attention.weights(block.attn, x), *([block.attn.weights(x)] * model.homologous)):
@@ -249,8 +250,8 @@ PRESETS = {  # what --data selects, for every option left open; imagenet is MAE'
 def options():
     parser, add = shared_options("mixedae.py", "Pre-trains a mixed autoencoder.")
     switch = argparse.BooleanOptionalAction
-    add["model"]("--mixing", choices=("compose", "full"), default="compose", help="each picture once, or once for every place of "
-                 "the group: as many times the work (compose)")
+    add["model"]("--mixing", choices=("compose", "full"), default="compose", help="each picture once, or 1 / ratio times, so "
+                 "that it owns every place once: as many times the work (compose)")
     add["model"]("--mix-ratio", type=float, default=0.25, help="share of the places a picture owns; 1 / it are mixed (0.25)")
     add["model"]("--segments", action=switch, default=True, help="add a vector to all tokens of one picture (on)")
     add["model"]("--homologous-attention", action=switch, default=True, help="a query sees only its most similar keys (on)")

@@ -415,6 +415,13 @@ def test_shapes_masks_and_facts(members, full):
     wanted = common.pixel_loss(repeated, prediction, mask, 4, True)
     assert facts["reconstruction_loss"].item() == pytest.approx(wanted.item(), rel=1e-6)
 
+def test_under_autocast_the_contrastive_loss_is_still_of_float32():
+    model, seen = tiny((4, 6)), []
+    model.encoder.norm.register_forward_hook(lambda module, arguments, latent: seen.append(latent))
+    with torch.autocast("cpu", torch.bfloat16):
+        facts = model(pictures(8, (4, 6)))[3]
+    assert facts["contrastive_loss"].item() == mixedae.contrastive_loss(seen[0][:, 1:], 6).item()
+
 def test_the_facts_are_of_the_encoders_tokens():
     model, seen = tiny((4, 6), contrastive=0.3), []
     model.encoder.norm.register_forward_hook(lambda module, arguments, latent: seen.append(latent))
