@@ -4,7 +4,7 @@ What two of them need stands here, MAE's hiding and its loss included; what one 
 shapes: B batch, N patches, n visible patches, D width, H heads, P patch side, C channels, T tokens, M pictures in a data set.
 """
 
-import difflib, hashlib, json, math, os, signal, sys, time
+import difflib, hashlib, json, math, multiprocessing, os, signal, sys, time, zipfile
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections import OrderedDict
 from datetime import timedelta
@@ -385,7 +385,8 @@ class Files(Pictures):
             [v2.Resize(edge, **smooth), v2.CenterCrop(pair(size))])
         keys = ([(i, seed_of(seed, i)) for i in index.tolist()] for index, seed in plan)
         for images, labels, seeds, broken in torch.utils.data.DataLoader(
-                self, batch_sampler=keys, num_workers=run.workers, pin_memory=run.device.type == "cuda"):
+                self, batch_sampler=keys, num_workers=run.workers, pin_memory=run.device.type == "cuda",
+                worker_init_fn=leave_signals):
             self.broken = self.broken | set(broken.tolist()) - {-1}                         # not |=, copies may share the set
             if len(self.broken) > 0.01 * len(self):
                 print("unreadable:", *(os.fsdecode(self.paths[i]) for i in sorted(self.broken)), sep="\n  ", file=sys.stderr)
@@ -393,6 +394,11 @@ class Files(Pictures):
             torch.manual_seed(seeds[0].item())
             images = images.to(run.device, non_blocking=True).transpose(0, 1).flatten(0, 1)           # (crops·b, C, h, w)
             yield self.normalise(images), labels.to(run.device, non_blocking=True).repeat(crops), None
+
+def leave_signals(worker):
+    """Has a DataLoader's worker live on for a while when terminals and schedulers signal all processes: the run saves first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 IN_MEMORY = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10",
              "cifar100": "CIFAR100", "stl10": "STL10"}                                      # our names: torchvision's
@@ -439,7 +445,7 @@ def torchvision_part(name, root, held_out):
     if name in DECODED:
         paths, labels = zip(*source._samples) if name == "imagenette" else (
             source._images if name == "pets" else source._image_files, source._labels)
-        return Files(paths, labels, source.classes)
+        return Files(paths, labels, [name if isinstance(name, str) else name[0] for name in source.classes])     # or synonyms
     images = torch.as_tensor(source.data)
     images = images[:, None] if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
     labels = torch.as_tensor(source.targets if hasattr(source, "targets") else source.labels)
@@ -464,7 +470,8 @@ def folder(root, classes=None):
     names = classes or sorted({*tops} if "." not in tops else ())
     number = {name: k for k, name in enumerate(names)} if len(names) > 1 else {}
     if classes and {*tops} - {*number}:
-        raise Problem(f"{root} has pictures outside the training set's classes {', '.join(classes[:5])} …")
+        lost = next(path for path, top in zip(paths, tops) if top not in number)
+        raise Problem(f"{lost} is in no folder of the training set's classes: {', '.join(classes[:5])} …")
     return Files(paths, [number.get(top, -1) for top in tops], number)
 
 def crop_weights(start, length, source, size):
@@ -552,13 +559,15 @@ def save_sheet(path, rows):
 
 # -------------------------------------------------------------------------------------------------------------- checkpoints
 
-def read_checkpoint(path):
-    """→ the dictionary in a checkpoint file, on the CPU; runs no code in it. Raises Problem if there is none or it is broken."""
+def read_checkpoint(path, whole=False):
+    """→ the dictionary in a checkpoint file, on the CPU; runs no code in it. Unless `whole` is asked for, tensors are read when
+    they are used. Raises Problem if there is none or it is broken."""
     if os.path.isdir(path):
         raise Problem(f"{path} is a folder: name the checkpoint in it, last.pt say")
     try:
         with torch.serialization.safe_globals([Namespace]):                                 # MAE's code saves its options as one
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            lazy = not whole and zipfile.is_zipfile(path)                                   # not so the oldest kind of file
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except FileNotFoundError:
         raise Problem(f"there is no checkpoint {path}")
     except Exception as error:                                                              # zip, pickle, end of file …
@@ -665,9 +674,9 @@ def shared_options(script, description, paper=None):
     add["data"]("--size", type=int, help="side of the pictures in pixels (224)")
     add["data"]("--crop", type=float, help=f"smallest share of a picture's area that a crop takes, 1: no crops ({usual['crop']})")
     add["data"]("--crops", type=int, default=1, help="crops of each decoded picture: so many times the samples (1)")
-    add["data"]("--workers", type=int, help="processes that decode pictures, for each training process (cores, at most 16)")
+    add["data"]("--workers", type=int, help="processes that decode pictures, for each training process (its cores, at most 16)")
     add["model"]("--model", choices=VITS, help="size of the encoder ({model})".format(**usual))
-    add["model"]("--patch", type=int, help="side of a patch in pixels (16; huge 14)")
+    add["model"]("--patch", type=int, help="side of a patch in pixels (16, huge 14; pictures below 104 pixels 8, below 52 4)")
     add["model"]("--decoder-dim", type=int, help="width of the decoder ({decoder_dim})".format(**usual))
     add["model"]("--decoder-depth", type=int, help="blocks of the decoder ({decoder_depth})".format(**usual))
     add["model"]("--decoder-heads", type=int, help="attention heads of the decoder ({decoder_heads})".format(**usual))
@@ -822,7 +831,8 @@ class Run:
         self.precision, self.workers = args.precision or best, args.workers
         self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
         if self.workers is None:
-            self.workers = min(16, (os.cpu_count() or 1) // here)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            self.workers = min(16, cores // here)
         share, rest = divmod(args.batch, self.world)
         if rest:
             raise Problem(f"--batch {args.batch} is for all processes together and does not divide among {self.world} processes")
@@ -888,6 +898,8 @@ class Run:
         if len(data) < self.args.batch:
             self.say(f"--batch {self.args.batch} is more than there are pictures, each is seen several times a step: try a "
                      "smaller one")
+        if self.args.warmup >= self.args.epochs:
+            self.say(f"--warmup {self.args.warmup:g} epochs are all of {self.args.epochs}: the learning rate only rises")
 
     def put(self, name, **things):
         """Writes things to OUT/name, from process 0 alone."""
@@ -919,10 +931,11 @@ class Run:
         left in the folder goes now, when nothing can be refused any more."""
         self.kept = things | ({"scaler": self.scaler} if self.scaler.is_enabled() else {})
         if self.args.resume:
-            saved = read_checkpoint(f"{self.out}/last.pt")
+            saved = read_checkpoint(f"{self.out}/last.pt", whole=True)
             try:
                 for name, thing in self.kept.items():
-                    thing.load_state_dict(saved[name])
+                    if name != "scaler" or name in saved:                                   # it was another precision then
+                        thing.load_state_dict(saved[name])
                 self.step, self.seconds, sums = saved["step"], saved["seconds"], saved["sums"]
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise Problem(f"{self.out}/last.pt does not fit this model: {' '.join(str(error).split())[:180]}")
@@ -1002,7 +1015,8 @@ class Run:
             return
         # About once a second and at an epoch's end the processes put together what they know, so that all decide alike.
         pace = (now - self.mark[0]) / (self.step - self.mark[1])                            # seconds a step
-        facts = torch.tensor([self.sums["loss"].item() / done, pace, self.stop, now > self.due])
+        due = self.rank == 0 and now > self.due                                             # it alone knows how long saving took
+        facts = torch.tensor([self.sums["loss"].item() / done, pace, self.stop, due])
         if self.world > 1:
             dist.all_reduce(facts)
         loss, pace, stop, due = (facts / self.world).tolist()
@@ -1092,6 +1106,10 @@ def entry(main):
     except RuntimeError as error:
         if not rank or "peer" not in str(error):                                            # another process ended and said why
             raise
+    if workers := multiprocessing.active_children():                                        # of a DataLoader that was interrupted
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in workers:
+            worker.kill()
     if message:
         time.sleep(3 * (rank > 0))                                                          # time for process 0 to say the same
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
@@ -1135,7 +1153,7 @@ def measure(model, data, run, args):
     model.eval()
     index = torch.arange(len(data))[data.labels.cpu() >= 0][run.rank::run.world]
     sums = [torch.zeros(size, dtype=torch.long, device=run.device) for size in ((len(data.classes), len(data.classes)), (1,))]
-    for images, labels, _ in data.stream(((part, 0) for part in index.split(run.micro)), run, args.size):
+    for images, labels, _ in data.stream(((part, 0) for part in index.split(run.micro) if len(part)), run, args.size):
         with run.autocast():
             scores = model(images)
         for total, part in zip(sums, tally(scores, labels)):

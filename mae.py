@@ -157,9 +157,9 @@ def knn(bank, labels, queries, classes, k=20, temperature=0.07):
 def linear(bank, labels, queries, classes, ridge=10.0):
     """As `knn`, by the linear map closest to the one-hot labels in least squares: a quick probe in closed form, our choice."""
     mean, std = bank.mean(0), bank.std(0, correction=0) + 1e-6
-    x, q = (F.pad((part - mean) / std, (0, 1), value=1.0).double() for part in (bank, queries))
-    weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).to(x), x.T @ F.one_hot(labels, classes).double())
-    return q @ weights
+    x, q = (F.pad((part - mean) / std, (0, 1), value=1.0).cpu().double() for part in (bank, queries))
+    weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).to(x), x.T @ F.one_hot(labels.cpu(), classes).double())
+    return (q @ weights).to(bank.device)
 
 def report(encoder, train, val, run, args):
     """Says and logs how well frozen features tell the classes apart, beside those of the encoder as it was before training."""
@@ -205,12 +205,11 @@ def classifier(args, classes):
     if first < 0:
         raise Problem(f"--train-blocks {args.train_blocks}: the encoder has {len(vit.blocks)}")
     learns = ("head", "fc_norm", "norm", *(f"blocks.{k}." for k in range(first, len(vit.blocks))))
+    nn.init.trunc_normal_(vit.head.weight, std=0.01 if args.task == "probe" else 2e-5)
     if args.task == "probe":
         learns, vit.head = "head", nn.Sequential(nn.BatchNorm1d(vit.dim, affine=False, eps=1e-6), vit.head)
     for name, p in vit.named_parameters():                                                  # positions too, as in MAE's code
         p.requires_grad_(name.startswith(learns) or args.task == "finetune" and args.train_blocks is None)
-    head = vit.head[1] if args.task == "probe" else vit.head
-    nn.init.trunc_normal_(head.weight, std=0.01 if args.task == "probe" else 2e-5)
     return vit
 
 def classify(args):
@@ -237,7 +236,8 @@ def classify(args):
         return finish(*measure(model, val, run, args), train.classes, run, args)
     run.introduce(model, train)
 
-    change = v2.RandAugment(2, args.randaugment, num_magnitude_bins=11) if args.randaugment else None      # magnitude of 10
+    # Of 10 magnitudes. The paper's, timm's, makes each of its two changes with probability 1/2 and varies their strength.
+    change = v2.RandAugment(2, args.randaugment, num_magnitude_bins=11) if args.randaugment else None
     mixes = [mix(alpha=alpha, num_classes=classes) for mix, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     batches = Batches(train, run, args.size, args.crop, change)
     judge = Judge(model, val, run, args, batches.per_epoch, encoder=model)
@@ -280,7 +280,8 @@ def reconstruct(args):
     run.say(load_encoder(model.encoder, args.init))
     run.say(load_decoder(model.decoder, args.init))
     run.keep()
-    draw(model, val or train, run, args)
+    if run.rank == 0:
+        draw(model, val or train, run, args)
 
 TASKS = {"pretrain": pretrain, "knn": nearest, "probe": classify, "finetune": classify, "reconstruct": reconstruct}
 
@@ -347,7 +348,7 @@ def options():
     task("--mixup", type=float, help="alpha of mixup (0.8)")
     task("--cutmix", type=float, help="alpha of cutmix; with both, one of them at random for each micro-batch (1.0)")
     task("--erasing", type=float, help="probability that a random rectangle becomes noise (0.25)")
-    task("--randaugment", type=int, help="magnitude of two random changes to every picture (9)")
+    task("--randaugment", type=int, help="magnitude, up to 10, of two random changes to every picture (9)")
     task("--min-lr", type=float, help="where the cosine ends (1e-6)")
     return parser
 

@@ -21,7 +21,10 @@ def after_step(run):
         run.due = 0 if run.step == save else math.inf
         if run.step == end and run.rank == 0:
             for _ in range(1 if run.world > 1 else 2):                                   # as from a scheduler and torchrun both
-                os.kill(os.getppid() if run.world > 1 else os.getpid(), number)          # torchrun passes it on
+                if run.world > 1:
+                    os.kill(os.getppid(), number)                                        # torchrun passes it on
+                else:
+                    os.killpg(0, number)                                                 # with DataLoader's workers
         if run.step == end:
             while not run.stop and number != signal.SIGKILL:
                 time.sleep(0.01)

@@ -1,6 +1,7 @@
 """common.py against slow formulas written here, torch, timm and transformers."""
 
 import argparse
+import contextlib
 import copy
 import errno
 import math
@@ -1057,6 +1058,28 @@ def test_erasing_leaves_all_but_a_rectangle_as_it_was():
     square = common.erase(images, 1.0, (0.25, 0.25), 1.0, noise=False)
     assert torch.equal((square == 0).flatten(1).sum(1), torch.full((4_000,), 2 * 12 * 12))      # √150 is 12.2
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_process_that_saves_says_when_it_is_time(rank, monkeypatch):
+    """The others do not know how long it took."""
+    run, saves, told = Run.__new__(Run), [], []
+    run.__dict__ |= dict(scaler=torch.amp.GradScaler(enabled=False), step=3, per_epoch=10, total=100, look=0, due=0, stop=0,
+                         world=2, rank=rank, mark=(time.time() - 1, 0), sums={"loss": torch.ones(())}, notes={}, lr=0.1,
+                         args=types.SimpleNamespace(batch=8, epochs=10), save=lambda: saves.append(run.step))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda facts: told.append(facts.tolist()))
+    run.after_step()
+    assert bool(saves) == (rank == 0) == (told[0][3] > 0)
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_fewer_pictures_than_processes_are_measured_once(rank, classes, monkeypatch):
+    data = folder(str(classes))
+    data.pick(torch.tensor([0]))
+    run = types.SimpleNamespace(device=CPU.device, workers=0, rank=rank, world=2, micro=4, autocast=contextlib.nullcontext)
+    sums = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: sums.append(total.sum().item()) or total.fill_(1))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, len(data.classes)))
+    common.measure(model, data, run, types.SimpleNamespace(size=16))
+    assert sums[0] == (rank == 0)
+
 def test_a_class_that_only_val_has_is_refused(classes):
     paint(classes / "val" / "violet" / "0.png")
     refused("classes", str(classes / "val"), name=classes)
@@ -1280,6 +1303,16 @@ class Trap:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+def test_a_checkpoint_in_torchs_oldest_format_comes_back(tmp_path):
+    torch.save({"model": torch.arange(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_checkpoint(tmp_path / "old.pt")["model"], torch.arange(3))
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_the_one_that_was_opened(tmp_path):
+    torch.save({"model": torch.arange(100_000)}, tmp_path / "last.pt")
+    saved = read_checkpoint(tmp_path / "last.pt")
+    write_whole(str(tmp_path / "last.pt"), lambda file: torch.save({"model": torch.zeros(3)}, file))
+    assert torch.equal(saved["model"], torch.arange(100_000))
 
 def test_a_checkpoint_comes_back(tmp_path):
     torch.save({"w": torch.arange(3.0), "args": {"lr": 0.1, "data": None}}, tmp_path / "last.pt")

@@ -1092,14 +1092,41 @@ def test_a_disk_that_fills_leaves_the_last_good_checkpoint(disk, pictures, tmp_p
         if mounted:
             subprocess.run(["umount", str(out)], check=True)
 
-@pytest.mark.parametrize("lr", ["1e6", "nan"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(lr, pictures, tmp_path, cli):
-    out = tmp_path / "out"
+@pytest.mark.parametrize("lr", ["1e6", "1e-2"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(lr, pictures, tmp_path, cli, monkeypatch):
+    out, log = tmp_path / "out", common.Run.log
+    if lr == "1e-2":                                                                     # else it comes by itself
+        monkeypatch.setattr(common.Run, "log", lambda run, loss: log(run, loss=loss * (math.nan if run.step == 9 else 1)))
     code, _, errors = cli("--data", pictures, *QUICK, "--epochs", 20, "--save-every", 0, "--out", out, "--lr", lr)
-    assert code == 2 and re.search("--lr", one_line(errors))
+    assert code == 2 and re.search("the loss is nan.*--lr" if lr == "1e-2" else "--lr", one_line(errors))
+    assert lr == "1e6" or 0 < step_of(out) <= 9 and len(losses(out)) == 2
     if (out / "last.pt").exists():
         assert_finite(out)
     assert all(math.isfinite(loss) for loss in losses(out))
+
+def test_weights_that_are_not_finite_are_not_saved(pictures, tmp_path, cli, monkeypatch):
+    out, update = tmp_path / "out", common.Run.update
+
+    def spoil(run, optimizer):
+        update(run, optimizer)
+        if run.step == 9:
+            run.kept["decoder"].mask_token.data.fill_(math.nan)
+    monkeypatch.setattr(common.Run, "update", spoil)
+    monkeypatch.setattr(common.Run, "log", lambda run, loss: run.sums.update(loss=torch.ones(())))       # which does not see it
+    code, _, errors = cli("--data", pictures, *QUICK, "--epochs", 20, "--save-every", 0, "--out", out)
+    assert code == 2 and "weights are not finite at step" in one_line(errors)
+    assert_finite(out)
+
+def test_a_run_resumed_in_half_precision_starts_its_scale_anew(finished, cli):
+    code, _, errors = cli("--resume", "--epochs", 3, "--precision", "fp16", "--out", finished)
+    assert code == 0 and not errors and len(losses(finished)) == 3 and saved(finished)["scaler"]["scale"] > 0
+    code, _, errors = cli("--resume", "--epochs", 4, "--precision", "fp32", "--out", finished)
+    assert code == 0 and not errors and "scaler" not in saved(finished)
+
+def test_a_warm_up_as_long_as_the_run_is_mentioned(pictures, tmp_path, cli):
+    for epochs, said in ((1, True), (2, False)):
+        code, output, _ = cli("--data", pictures, *QUICK, "--epochs", epochs, "--warmup", 1, "--out", tmp_path / str(epochs))
+        assert code == 0 and ("--warmup 1 epochs are all of 1" in output) == said
 
 def test_too_many_unreadable_pictures_stop_the_run_with_their_list(pictures, tmp_path, cli):
     images = tmp_path / "pictures"
