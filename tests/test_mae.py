@@ -99,7 +99,8 @@ def command(out, *flags, processes=1, script=mae, end=None):
             port = free.getsockname()[1]
         launch += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     if end:
-        launch += [ENDING, *map(str, end if len(end) > 3 else (out, *end))]
+        folder, *numbers = end if len(end) > 3 else (out, *end)
+        launch += [ENDING, str(folder), *(str(int(number)) for number in numbers)]       # Python 3.10 writes signals out
     return [*launch, script.__file__, "--out", str(out), *map(str, flags)]
 
 def start(out, *flags, **how):
