@@ -1082,7 +1082,12 @@ def test_fewer_pictures_than_processes_are_measured_once(rank, classes, monkeypa
 
 def test_a_class_that_only_val_has_is_refused(classes):
     paint(classes / "val" / "violet" / "0.png")
-    refused("classes", str(classes / "val"), name=classes)
+    refused("classes", str(classes / "val" / "violet" / "0.png"), name=classes)          # which picture
+
+def test_of_a_class_with_synonyms_the_first_is_its_name(tmp_path, monkeypatch):
+    fake = types.SimpleNamespace(_samples=[("a.jpg", 0), ("b.jpg", 1)], classes=[("tench", "Tinca tinca"), ("church",)])
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", lambda root, **how: fake)
+    assert open_data("imagenette", root=tmp_path)[0].classes == ["tench", "church"]
 
 def test_a_folder_without_pictures_is_refused(tmp_path, classes):
     (tmp_path / "empty").mkdir()

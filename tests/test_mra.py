@@ -791,6 +791,13 @@ def test_the_weak_view_judges_and_only_the_strong_one_is_augmented(names, augmen
         torch.testing.assert_close(strong, paint(weak), rtol=0, atol=1e-4)               # float32, other batches
     assert all(not torch.equal(*both) for both in zip(weak, strong))
 
+@pytest.mark.parametrize("unlabelled, micro", [(7, 16), (1, 64), (300, 1)])
+def test_a_micro_batch_counts_the_pictures_that_each_labelled_one_brings(unlabelled, micro, tmp_path, monkeypatch):
+    monkeypatch.setattr(mra, "labelled", lambda args, run, all_: (_ for _ in ()).throw(InterruptedError(run.micro)))
+    with pytest.raises(InterruptedError) as stopped:
+        mra.main(f"--task semi --batch 64 --unlabelled {unlabelled} --device cpu --out {tmp_path / 'run'}".split())
+    assert stopped.value.args == (micro,)                                                # at most 256 pictures, one at least
+
 def test_the_mean_of_the_weights_moves_by_its_share(augmentor, tmp_path, cli):
     words = [*SMALL, *"--task semi --limit 40 --labels 2 --batch 2 --unlabelled 7 --warmup 0 --no-baseline --device cpu".split(),
              "--augmentor", augmentor]
