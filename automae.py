@@ -1,331 +1,458 @@
-"""Improving Masked Autoencoders by Learning Where to Mask (Chen et al.; arXiv 2303.06583).
+"""Improving Masked Autoencoders by Learning Where to Mask
+Haijian Chen, Wendong Zhang, Yunbo Wang, Xiaokang Yang, 2023, https://arxiv.org/abs/2303.06583
 
-Patches differ in what they tell, so hiding all of them alike wastes effort on empty background. AutoMAE learns, picture by
-picture, which patches to hide. A frozen transformer's attention says where something is; a small generator turns that into a
-probability for each patch; a discriminator pulls it towards masks that look like an object's box; and the reconstruction loss,
-which reaches the generator through the sampled mask, keeps the task from becoming impossible. Highlighted patches are hidden more
-often. The encoder and decoder are MAE's, and only they remain in the end.
+A masked autoencoder hides patches at random, as if all of them taught equally much. They do not: empty background is too easy
+to predict, and hiding patches of objects more often gives better features. AutoMAE learns, image by image, which ones.
 
-    images ─► frozen ViT ─► attention ─► GENERATOR ─► probability ─► Gumbel ─► guide ─┬─► DISCRIMINATOR: like a box, or not?
-    (B,C,H,W)               (B,H,N)                   (B,N)                    (B,N)  │
-    └────────────────────────────────────────► MAE, hiding by score = noise + guide ◄─┘─► loss on hidden patches
+A frozen, already trained transformer gives hints: its attention is high where something is. A small generator turns the
+attention into a probability for each patch, from which a mask is drawn. Two forces train the generator. A discriminator
+compares its masks with random boxes, because objects are compact, and pulls it towards masks that look like one. The loss of
+reconstruction flows back through the drawn mask, and keeps the task from becoming impossible. In the end only the encoder
+counts; it is a plain vision transformer.
 
-    python automae.py                                       on two CPU cores, nothing to download
-    python automae.py --data fashion-mnist --epochs 3       a small torchvision data set
-    torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt        the paper's recipe, ViT-B/16
-    python mae.py --task probe --init runs/automae/last.pt  what the encoder is worth: it is a plain ViT
+    images ──► frozen ViT ──► attention ──► GENERATOR ──► probability ──► + Gumbel noise ──► soft mask ──► DISCRIMINATOR:
+    (B,C,H,W)                 (B,heads,N)                 (B,N)                              (B,N) │       a box, or not?
+       │                                                                                           ▼
+       └──► MAE (see mae.py) hides the patches with the highest scores ◄── score = random noise + 0.5 · its n highest
 
-Measured, first command (2 cores of an AMD EPYC, torch 2.15): 3 min 50 s; in the end foreground is 3.2, 3.5, 3.5, 2.8 times (seeds
-0 to 3) as likely to be highlighted as background. About 1.9 of it is where objects tend to lie, the rest a look at the picture.
+    python automae.py                                        # scenes drawn by this project: minutes on a CPU
+    python automae.py --data fashion-mnist --epochs 3        # a torchvision dataset
+    torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt        # the paper's recipe, ViT-B
+    python mae.py --task probe --init runs/automae/last.pt   # what is the encoder worth? --masking random to compare
+
+Measured with the first command, seeds 0, 1, 2: TODO.
+
+Details that matter
+1. No layer of the discriminator has a bias. With biases it can answer ½ to everything, and then the generator is not pushed.
+2. The discriminator's loss is a sum: (D(box) − 1)² + D(mask)². Only the score, no sigmoid; every weight is spectrally normed.
+3. In a step the discriminator learns first, on masks without gradient. Then it is frozen, and encoder, decoder and generator
+   learn from the reconstruction plus 0.2 · (D(mask) − 1)².
+4. Gumbel noise is drawn twice a step: once for the discriminator, once for the autoencoder and the generator.
+5. Highlighted are as many patches as stay visible, n, not as many as are hidden.
+6. Highlighted patches are hidden more often, not surely: 0.5 is added to their random noise from 0 to 1.
+7. Sorting has no gradient. Two steps let it pass: the n highest of the soft mask count as 1, but with the gradient of the
+   soft mask; and every token is multiplied by a 1 that has the gradient of its score.
+8. A box covers 40 to 160 of 196 patches, is 4 to 10 wide, and raises uniform noise by 0.5; a softmax over the patches follows.
+9. The prior is a masked autoencoder that was trained before (800 epochs of ViT-B in the authors' code), never this one.
 """
 
 import argparse
-from argparse import Namespace
+import os
+
+from common import (  # before torch: it sets how threads wait
+    VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, learning_rate, load_decoder,
+    load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, shared_options, spread, to_pixels,
+    training_plan, unpatchify)
 
 import torch
 import torch.nn.functional as F
+from torch import distributed as dist
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from common import (TRUE_CONTRAST, Batches, Problem, Run, ViT, adamw, build, check_ratio, entry, fit, keep_lowest, load_data,
-                    load_encoder, patchify, pixel_loss, save_sheet, settings, shared_options, take, unpatchify, visible, vit_of,
-                    weights_in, with_contrast)
-
-# ----------------------------------------------------------------------------------------------------------------- masking
-
-class Prior(nn.Module):
-    """A frozen, pre-trained ViT: images (B, C, H, W) → where its last block's class token looks, (B, H, N), without gradient;
-    with `every` the maps of all blocks, (B, depth·H, N). `maps` is how many come out. `scale` and `shift` (C, 1, 1) bring images
-    to the normalisation it was trained with."""
-
-    def __init__(self, vit, every=False, scale=1.0, shift=0.0):
-        super().__init__()
-        self.vit, self.every = vit.eval().requires_grad_(False), every
-        self.maps = vit.blocks[0].attn.heads * (len(vit.blocks) if every else 1)
-        self.register_buffer("scale", torch.as_tensor(scale), persistent=False)
-        self.register_buffer("shift", torch.as_tensor(shift), persistent=False)
-
-    @torch.no_grad()
-    def forward(self, images):
-        return self.vit.attention_map(images * self.scale + self.shift, self.every)
+# ------------------------------------------------------------------------------------------------------------ masking
 
 class Generator(nn.Module):
-    """Attention (B, H, N) → log-probability of being highlighted for each patch (B, N), by two convolutions."""
+    """Attention of the prior (B, heads, N) → log-probability (B, N) that a patch gets highlighted (section 3.2). It mixes
+    the heads and looks at each patch's neighbours, nothing else: it has some hundred parameters."""
 
-    def __init__(self, heads, grid):
+    def __init__(self, num_heads, grid, gain=1.0):
         super().__init__()
-        self.grid, half = grid, max(1, heads // 2)
-        self.layers = nn.Sequential(nn.Conv2d(heads, half, 3, padding=1), nn.ReLU(), nn.Conv2d(half, 1, 3, padding=1))
-        for layer in (self.layers[0], self.layers[2]):                                      # else the ReLU may be shut: ours
-            nn.init.zeros_(layer.bias)
+        self.grid = grid
+        self.gain = gain
+        half = max(1, num_heads // 2)
+        self.layers = nn.Sequential(
+            nn.Conv2d(num_heads, half, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(half, 1, 3, padding=1),
+        )
 
     def forward(self, attention):
-        attention = attention * attention.shape[-1]                                         # 1 on average (our choice)
-        return self.layers(attention.unflatten(-1, self.grid)).flatten(1).float().log_softmax(-1)
+        x = self.layers(self.gain * attention.unflatten(2, self.grid))      # (B, 1, h, w)
+        return x.flatten(1).float().log_softmax(dim=1)
+
+
+def gumbel_softmax(log_probability, uniform):
+    """log_probability (B, N), uniform random numbers (B, N) → soft mask (B, N), which sums to 1: a random draw that keeps its
+    gradient (1611.01144). Its highest entry is patch i with exactly the probability of patch i; temperature 1."""
+    gumbel = -(-uniform.log()).log()
+    return (log_probability + gumbel).softmax(dim=1)
+
+
+def highlight(soft_mask, n):
+    """soft_mask (B, N) → 1 at its n highest entries, else 0. The gradient passes straight through to the soft mask, as if
+    it had not been rounded (detail 7)."""
+    highest = soft_mask.topk(n, dim=1).indices
+    hard = torch.zeros_like(soft_mask).scatter(1, highest, 1.0)
+    return hard + (soft_mask - soft_mask.detach())
+
 
 class Discriminator(nn.Module):
-    """Distribution over patches (B, N) → scores (B, ·), high where it looks like a box. Two strided convolutions
-    for 14×14 patches; on small grids fewer of them are strided, so that at least one score comes out (our choice). With `matched`
-    distributions it sees them × N, about 1, not 1/N, where it can hardly tell anything (our choice)."""
+    """Soft mask (B, N) → scores (B, 1 or more): near 1 if it looks like a box, near 0 if like the generator's (section 3.2).
+    Spectral norm keeps every layer's largest gain at 1, so that scores change gently. No biases (detail 1)."""
 
-    def __init__(self, grid, matched=False):
+    def __init__(self, grid):
         super().__init__()
-        self.grid, layers, sides, self.scale = grid, [], list(grid), grid[0] * grid[1] if matched else 1
-        for inputs, outputs in ((1, 16), (16, 32)):
-            size, stride = (4, 2) if min(sides) >= 6 else (3, 1)
-            layers += [spectral_norm(nn.Conv2d(inputs, outputs, size, stride, padding=1)), nn.LeakyReLU(0.2)]
-            sides = [(side - size + 2) // stride + 1 for side in sides]                     # 14 → 7 → 3, and 1 in the end
-        size = min(3, *sides)
-        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(32, 1, size)))
+        self.grid = grid
+        # 14×14 patches become 7×7, 3×3 and one score. Smaller grids get a border for the last layer [not in the paper].
+        border = int(min(grid) < 12)
+        self.layers = nn.Sequential(
+            spectral_norm(nn.Conv2d(1, 16, 4, stride=2, padding=1, bias=False)),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(16, 32, 4, stride=2, padding=1, bias=False)),
+            nn.LeakyReLU(0.2),
+            spectral_norm(nn.Conv2d(32, 1, 3, padding=border, bias=False)),
+        )
 
-    def forward(self, guide):
-        with torch.autocast(guide.device.type, enabled=False):                              # bf16 knows 1/N too coarsely
-            return self.layers(self.scale * guide.unflatten(-1, self.grid)[:, None]).flatten(1)
+    def forward(self, soft_mask):
+        return self.layers(soft_mask.unflatten(1, (1, *self.grid))).flatten(1)
 
-def boxes(batch, grid, device, matched=False):
-    """→ (B, N): distributions that look as wanted. One rectangle a picture, 40 to 160 of 196 patches large, with a
-    height from 4 to all but 4 of 14 rows (scaled with the grid; rounded, so the first and last come half as often), at a random
-    place; 0.5 in it, plus noise, through a softmax.
 
-    Guides have Gumbel's noise, whose spikes alone give them away, whatever the generator does. `matched` (ours) gives boxes
-    the same noise, stands them out of it by 4 instead of 0.5, and lets them cover half as much, 20 to 80 of 196."""
-    area, height, top, left = torch.rand(4, batch, 1, 1, device=device)
-    area, least = grid[0] * grid[1] * (40 + 120 * area) / (392 if matched else 196), grid[0] * 4 / 14
-    height = (least + height * (grid[0] - 2 * least)).round().clamp(min=1)
-    width = (area / height).ceil().clamp(max=grid[1])
-    top, left = (top * (grid[0] - height + 1)).floor(), (left * (grid[1] - width + 1)).floor()
-    row, column = torch.arange(grid[0], device=device)[:, None], torch.arange(grid[1], device=device)
-    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)       # (B, h, w)
-    if matched:
-        return F.gumbel_softmax(4.0 * inside.flatten(1), tau=1.0)
-    return (0.5 * inside + torch.rand(batch, *grid, device=device)).flatten(1).softmax(-1)
+def random_boxes(batch, grid, device):
+    """→ (B, N), each row sums to 1: what the discriminator takes for real, a rectangle of random size and place in noise
+    (detail 8). Its limits grow with the grid [not in the paper]."""
+    h, w = grid
+    smallest, largest = round(40 / 196 * h * w), round(160 / 196 * h * w)
+    narrowest = max(1, round(4 / 14 * w))
+    area = torch.randint(smallest, largest + 1, (batch, 1, 1), device=device)
+    width = torch.randint(narrowest, w - narrowest + 1, (batch, 1, 1), device=device)
+    height = (area / width).ceil().clamp(max=h)
+    x, y = torch.rand(2, batch, 1, 1, device=device)
+    left = (x * (w - width + 1)).floor()
+    top = (y * (h - height + 1)).floor()
+    row = torch.arange(h, device=device)[:, None]
+    column = torch.arange(w, device=device)
+    inside = (row >= top) & (row < top + height) & (column >= left) & (column < left + width)    # (B, h, w)
+    noise = torch.rand(batch, h, w, device=device)
+    return (0.5 * inside + noise).flatten(1).softmax(dim=1)
 
-def highlight(guide, n):
-    """guide (B, N) → 1 at its n highest places, else 0; the gradient goes to the guide as if that were the guide itself."""
-    hard = torch.zeros_like(guide).scatter_(1, guide.topk(n, dim=1).indices, 1.0)
-    return hard - guide.detach() + guide
 
-# ------------------------------------------------------------------------------------------------------------------- model
+def object_boxes(masks, grid):
+    """Foreground masks (B, H, W) → (B, N): 1 for the patches in the box around an image's foreground, else 0."""
+    covered = F.adaptive_max_pool2d(masks.float(), grid)                    # (B, h, w)
+
+    def span(line):                                                         # 1 from the first 1 to the last
+        return torch.minimum(line.cummax(dim=1).values, line.flip(1).cummax(dim=1).values.flip(1))
+
+    rows, columns = span(covered.amax(dim=2)), span(covered.amax(dim=1))    # (B, h), (B, w)
+    return (rows[:, :, None] * columns[:, None]).flatten(1)
+
+
+def hide(noise, visible):
+    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N), as in mae.py: the `visible` patches with the lowest
+    noise are kept, mask is 1 where a patch is hidden. Raises UserError if none would be visible, or none hidden."""
+    if not 0 < visible < noise.shape[1]:
+        raise UserError(f"{visible} of {noise.shape[1]} patches visible: the mask ratio has to leave some and hide some")
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    mask = (ids_restore >= visible).float()
+    return ids_shuffle[:, :visible], ids_restore, mask
+
+
+# -------------------------------------------------------------------------------------------------------------- model
 
 class AutoMAE(nn.Module):
-    """A masked autoencoder that hides what a guide highlights more often than the rest."""
+    """A masked autoencoder that hides some patches more often than others (figure 2). Which ones, says `masking`: learned
+    (the paper's method), attention (where the prior looks most), boxes (the object's box, the paper's motivating
+    experiment) or random (MAE)."""
 
-    def __init__(self, encoder, decoder, norm_pixels=True, generator=None, mask_factor=0.5):
+    def __init__(self, encoder, decoder, generator=None, norm_pixels=True, masking="learned", mask_factor=0.5):
         super().__init__()
-        self.encoder, self.decoder, self.norm_pixels = encoder, decoder, norm_pixels
-        self.generator, self.mask_factor = generator, mask_factor
+        self.encoder = encoder
+        self.decoder = decoder
+        self.generator = generator
+        self.norm_pixels = norm_pixels
+        self.masking = masking
+        self.mask_factor = mask_factor
 
-    def forward(self, images, highlighted, noise, mask_ratio=0.75):
-        """images (B, C, H, W), highlighted and noise (B, N) → loss (), prediction (B, N, P·P·C), mask (B, N), 1 where hidden.
+    def forward(self, images, hint, uniform, mask_ratio=0.75):
+        """images (B, C, H, W), uniform random numbers (2, B, N) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where
+        a patch is hidden, soft mask (B, N) or None. hint is what the masking looks at: attention (B, heads, N), boxes
+        (B, N), or None for random masking."""
+        noise, gumbel_noise = uniform
+        visible = int(noise.shape[1] * (1 - mask_ratio))
 
-        Of every picture `visible(N, mask_ratio)` patches stay visible, those of lowest score. The tokens are multiplied by 1, but
-        by a 1 whose gradient goes to the score: that is how the loss tells the generator what it did.
-        """
-        score = noise + self.mask_factor * highlighted                                      # (B, N)
-        keep, restore, mask = keep_lowest(score.detach(), visible(score.shape[1], mask_ratio))      # (B, n), (B, N), (B, N)
-        tokens = self.encoder.embed(images)                                                 # (B, N, D) patches with positions
-        tokens = tokens * (1 + (score - score.detach()))[..., None]                         # (B, N, D) the same values
-        latent = self.encoder.encode(take(tokens, keep))                                    # (B, 1+n, D) only what is visible
-        prediction = self.decoder(latent, restore)                                          # (B, N, P·P·C) every place
-        return pixel_loss(images, prediction, mask, self.encoder.patch, self.norm_pixels), prediction, mask
+        # Choose what to highlight: n patches of a random draw from the generator's distribution (details 4, 5 and 7).
+        soft_mask = None
+        highlighted = hint
+        if self.masking == "learned":
+            soft_mask = gumbel_softmax(self.generator(hint), gumbel_noise)
+            highlighted = highlight(soft_mask, visible)
+        elif self.masking == "attention":
+            highlighted = highlight(hint.mean(dim=1), visible)
+        elif self.masking == "random":
+            highlighted = torch.zeros_like(noise)
 
-# ---------------------------------------------------------------------------------------------------------------- training
+        # Rank the patches by a random number plus a bonus for what is highlighted, and hide those at the top (detail 6).
+        score = noise + self.mask_factor * highlighted                      # (B, N)
+        ids_keep, ids_restore, mask = hide(score.detach(), visible)         # (B, n), (B, N), (B, N)
 
-def make_prior(args, data, run):
-    """→ the frozen ViT whose attention guides the masks: --prior, or on small data a plain MAE's, trained first and kept (our
-    choice; the paper's is pre-trained on ImageNet)."""
-    path = args.prior
-    if not args.prior:
-        if args.prior_epochs is None:
-            raise Problem(f"--masking {args.masking} needs --prior, a pre-trained ViT, for its attention. To make one: "
-                          f"python mae.py --data {args.data} --patch {args.patch}; then --prior runs/mae/last.pt")
-        first = Namespace(**vars(args) | dict(masking="random", epochs=args.prior_epochs, out=f"{args.out}/prior"))
+        # Multiply the tokens by 1, but by a 1 whose gradient is that of the score. A visible token that would rather be
+        # longer raises its score, and so the chance that it is hidden the next time: this is how the loss of
+        # reconstruction speaks to the generator (detail 7).
+        tokens = self.encoder.embed(images)                                 # (B, N, D)
+        one = 1 + (score - score.detach())
+        tokens = tokens * one[..., None]
 
-        def make(first):
-            run.say(f"first a plain MAE, {first.epochs} epochs, whose attention guides the masks; kept in {first.out}/prior.pt")
-            pretrain(first, data)
+        # From here on it is MAE: the encoder sees the visible patches, the decoder predicts the pixels of all.
+        latent = self.encoder.encode(gather_tokens(tokens, ids_keep))       # (B, 1+n, D), class token first
+        prediction = self.decoder(latent, ids_restore)                      # (B, N, P·P·C)
+        return self.loss(images, prediction, mask), prediction, mask, soft_mask
 
-        path = run.prepare(first, "prior.pt", (
-            "data", "size", "patch", "vit", "limit", "seed", "epochs", "batch", "lr", "warmup", "weight_decay", "crop",
-            "crops", "mask_ratio", "decoder_dim", "decoder_depth", "decoder_heads", "norm_pixels"), make)
-    prior = ViT(**vit_of(path) | dict(size=args.size))
-    if prior.channels != args.channels:
-        raise Problem(f"the prior is for pictures of {prior.channels} channel(s), these have {args.channels}")
-    run.say(f"prior: {load_encoder(prior, path)}")
-    if prior.grid != (args.size // args.patch,) * 2:
-        raise Problem(f"the prior has patches of {prior.patch} pixels, {prior.grid[0]} in a row; use --patch {prior.patch}")
-    told, tensor = weights_in(path)[1], lambda numbers: torch.tensor(numbers)[:, None, None]
-    mean, std = tensor(args.mean), tensor(args.std)
-    own = [tensor(told.get("mean") or args.mean), tensor(told.get("std") or args.std)]
-    return Prior(prior, args.attention == "all", std / own[1], (mean - own[0]) / own[1])
+    def loss(self, images, prediction, mask):
+        """MAE's: mean squared error over hidden patches only."""
+        target = patchify(images, self.encoder.patch_size).float()          # (B, N, P·P·C)
+        if self.norm_pixels:
+            mean = target.mean(dim=-1, keepdim=True)
+            variance = target.var(dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        error = (prediction.float() - target).square().mean(dim=-1)         # (B, N)
+        return (error * mask).sum() / mask.sum()
 
-def propose(masking, generator, attention, masks, noise, grid, n):
-    """→ probability (b, N) for the log, and guide (b, N): with `learned` masking a random distribution over the patches, with a
-    gradient; for the others 1 where it is highlighted, else 0: the n places of most attention, the object's box, or nothing."""
-    if masking == "learned":
-        logits = generator(attention)                                                       # (b, N) log-probability
-        return logits.detach().exp(), F.gumbel_softmax(logits, tau=1.0)
-    if masking == "attention":
-        return attention.mean(1), highlight(attention.mean(1), n)
-    if masking == "random":
-        return torch.full_like(noise, 1 / noise.shape[1]), torch.zeros_like(noise)
-    there = F.adaptive_max_pool2d(masks.float(), grid)                                      # (b, h, w) 1 where the object is
-    lines = there.amax(2), there.amax(1)                                                    # its rows (b, h) and columns (b, w)
-    spans = [torch.minimum(line.cummax(1).values, line.flip(1).cummax(1).values.flip(1)) for line in lines]
-    box = (spans[0][:, :, None] * spans[1][:, None]).flatten(1)                             # rows × columns that it spans
-    return box / box.sum(1, keepdim=True).clamp(min=1), box                                 # a crop may hold no object
 
-def discriminator_loss(discriminator, guide, grid, matched=False):
-    """Least squares: boxes should score 1, guides (b, N) should score 0."""
-    scores = discriminator(torch.cat([boxes(len(guide), grid, guide.device, matched), guide.detach()]))
-    real, fake = scores.chunk(2)
-    return ((real - 1).square().mean() + fake.square().mean()) / 2
+# ----------------------------------------------------------------------------------------------------------- training
 
-def foreground_facts(probability, attention, mask, masks, grid):
-    """Probability (b, N), attention (b, H, N) or None, mask (b, N), foreground (b, h, w) → for the log: how much likelier
-    foreground is than background, by the generator, by its mean over the batch (objects tend to lie in the middle, which needs no
-    look at a picture) and by attention alone, and how much of each is hidden."""
-    there = F.adaptive_avg_pool2d(masks.float(), grid).flatten(1)                           # (b, N) share of foreground
-    mean = lambda x, where: (x * where).sum() / where.sum().clamp(min=1e-6)
-    ratio = lambda x: mean(x, there) / mean(x, 1 - there).clamp(min=1e-6)                   # crops may hold no object
-    facts = {"foreground_ratio": ratio(probability),
-             "hidden_foreground": mean(mask, there), "hidden_background": mean(mask, 1 - there)}
-    facts["static_ratio"] = ratio(probability.mean(0, keepdim=True).expand_as(probability))         # one mask for all pictures
-    if attention is not None:
-        facts["attention_ratio"] = ratio(attention.mean(1))
-    return facts
+def load_prior(args, run, train, val):
+    """→ the frozen ViT whose attention guides the masks: from --prior, or else a plain masked autoencoder that is trained
+    here in OUT/prior [not in the paper]. Raises UserError if it has other patches than the images."""
+    if args.prior is None:
+        if args.prior_updates is None:
+            raise UserError(f"--masking {args.masking} needs --prior, a pre-trained ViT. To make one: "
+                            f"python mae.py --data {args.data}; then give --prior runs/mae/last.pt")
+        out = f"{args.out}/prior"
+        goes_on = os.path.exists(f"{out}/last.pt") and (args.resume or not args.overwrite)
+        changes = dict(out=out, masking="random", epochs=None, updates=args.prior_updates, resume=goes_on,
+                       overwrite=not goes_on)
+        run.print(f"first a plain masked autoencoder, whose attention will guide the masks; in {out}")
+        pretrain(argparse.Namespace(**(vars(args) | changes)), train, val)
+        if run.world > 1:                                                   # until process 0 has written it
+            dist.barrier()
+    prior = load_encoder(args.prior or f"{out}/last.pt", img_size=args.size)
+    if prior.patch_size != args.patch:
+        raise UserError(f"the prior has patches of {prior.patch_size} pixels: give --patch {prior.patch_size}")
+    return prior.eval().requires_grad_(False)
 
-def pretrain(args, data=None):
-    """Hides, reconstructs, and in the end draws. With `data` it is the plain MAE for the prior, and draws nothing."""
+
+def pretrain(args, train=None, val=None):
+    """Pre-trains an encoder. args: from `parse_args`. train, val: datasets of your own, instead of --data."""
     run = Run(args)
-    train, val = data or load_data(args, run)
-    if args.masking == "boxes" and getattr(train, "masks", None) is None:
-        raise Problem("--masking boxes needs data that knows where its objects are: scenes")
-    learned, matched, prior = args.masking == "learned", args.pseudo_masks == "matched", None
-    if args.masking in ("learned", "attention"):
-        prior = run.wrap(make_prior(args, (train, val), run))
-    encoder, decoder = build(args)
-    generator = Generator(prior.maps, encoder.grid) if learned else None
-    discriminator = Discriminator(encoder.grid, matched) if learned else None
-    model = AutoMAE(encoder, decoder, args.norm_pixels, generator, args.mask_factor)
-    optimizer = adamw(nn.ModuleList([encoder, decoder]), args.weight_decay)
-    for group in adamw(generator, args.weight_decay).param_groups if learned else ():       # ours: slower than its judge
-        optimizer.add_param_group(group | dict(lr_scale=0.2 if matched else 1.0))
-    wrapped, places = run.wrap(model), encoder.grid[0] * encoder.grid[1]                    # device, torch.compile, DDP
-    if learned:
-        wrapped_discriminator = run.wrap(discriminator)
-        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.9, 0.95), fused=run.device.type == "cuda")
-        run.keep(encoder=encoder, decoder=decoder, generator=generator, discriminator=discriminator, optimizer=optimizer,
-                 discriminator_optimizer=discriminator_optimizer)                           # in last.pt
-    else:
-        run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)
-    run.introduce(model, train)
+    train, val = prepare_data(args, run, train, val)
+    learned = args.masking == "learned"
+    prior = load_prior(args, run, train, val) if args.masking in ("learned", "attention") else None
 
-    batches, n = Batches(train, run, args.size, args.crop), visible(places, args.mask_ratio)
-    for step in run.steps(batches.per_epoch):
-        ready = []
-        for images, _, masks in batches.at(step):                                           # (b, C, H, W) a micro-batch
-            noise = torch.rand(len(images), places, device=run.device)                      # (b, N)
-            with run.autocast():
-                attention = prior(images) if prior else None                                # (b, H, N)
-                probability, guide = propose(args.masking, generator, attention, masks, noise, encoder.grid, n)
-            ready.append((images, masks, noise, attention, probability, guide))
+    torch.manual_seed(args.seed)
+    if args.init is None:
+        size = VITS[args.model] | dict(patch_size=args.patch)
+        encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
+        decoder = Decoder(encoder, **args.decoder)
+    else:
+        encoder = load_encoder(args.init, img_size=args.size)
+        decoder = load_decoder(args.init, encoder)
+    args.vit, args.decoder = encoder.config, decoder.config
+    places = encoder.grid[0] * encoder.grid[1]
+    generator = None
+    if learned:
+        generator = Generator(prior.config["num_heads"], encoder.grid, places if args.scale_attention else 1.0)
+    model = AutoMAE(encoder, decoder, generator, args.norm_pixels, args.masking, args.mask_factor)
+    wrapped = run.wrap(model)                                               # on the device; compiled; DDP
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
+    parts = dict(encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
+    groups = optimizer.param_groups
+    if prior is not None:
+        prior.forward = prior.attention_map                                 # so that this is what gets compiled
+        run.wrap(prior)
+    if learned:
+        discriminator = Discriminator(encoder.grid)
+        wrapped_discriminator = run.wrap(discriminator)
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.9, 0.95), fused=True)
+        parts |= dict(generator=generator, discriminator=discriminator, discriminator_optimizer=discriminator_optimizer)
+        groups = groups + discriminator_optimizer.param_groups
+
+    ids = spread(len(train), args.limit)
+    run.start(len(ids), **parts)
+    loader = batches(train, training_plan(ids, run), run, train=True)
+    for step in run.steps():
+        # Up in a straight line for --warmup epochs, then down half a cosine to zero, for both optimizers alike.
+        peak = args.lr * args.batch / 256
+        lr = learning_rate(step, peak, args.warmup * run.steps_per_epoch, run.total_steps)
+        for group in groups:
+            group["lr"] = lr
+
+        # First the discriminator (detail 3): boxes should score 1, masks of the generator 0. One step sees --batch images,
+        # a process its part of them in micro-batches, whose gradients add up.
+        micro_batches = []
+        for i in range(run.accumulate):
+            images, _, masks = next(loader)                                 # (b, C, H, W), cropped, flipped, normalised
+            uniform = torch.rand(3, len(images), places, device=run.device)
+            with torch.no_grad(), run.autocast:
+                hint = look(args.masking, prior, images, masks, encoder.grid)
+            micro_batches.append((images, masks, hint, uniform[:2]))
             if learned:
-                discriminator.train(len(ready) == 1)                                        # one power iteration a step
-                with run.autocast():
-                    loss = discriminator_loss(wrapped_discriminator, guide, encoder.grid, matched)
-                run.backward(loss)
+                with torch.no_grad(), run.autocast:
+                    soft_mask = gumbel_softmax(generator(hint), uniform[2])     # a draw of its own (detail 4)
+                boxes = random_boxes(len(images), encoder.grid, run.device)
+                wrapped_discriminator.require_backward_grad_sync = i == run.accumulate - 1
+                real, fake = wrapped_discriminator(torch.cat([boxes, soft_mask])).chunk(2)
+                loss = (real - 1).square().mean() + fake.square().mean()    # detail 2
+                run.scaler.scale(loss / run.accumulate).backward()
                 run.log(discriminator_loss=loss)
         if learned:
-            run.update(discriminator_optimizer)
-            discriminator.eval().requires_grad_(False)                                      # from here on it only judges
-        for images, masks, noise, attention, probability, guide in run.each(ready):
-            highlighted = highlight(guide.detach() if args.two_stage else guide, n) if learned else guide
-            with run.autocast():
-                loss, _, mask = wrapped(images, highlighted, noise, args.mask_ratio)
-                fooled = (discriminator(guide) - 1).square().mean() if learned else torch.zeros_like(loss)
-            run.backward(loss + args.adversarial_weight * fooled)
+            run.scaler.step(discriminator_optimizer)
+            discriminator_optimizer.zero_grad()
+            discriminator.requires_grad_(False)                             # from here on it only judges
+
+        # Then encoder, decoder and generator, on the same images: reconstruct well, and look like a box.
+        for i, (images, masks, hint, uniform) in enumerate(micro_batches):
+            wrapped.require_backward_grad_sync = i == run.accumulate - 1    # DDP averages gradients once a step
+            with run.autocast:
+                loss, _, mask, soft_mask = wrapped(images, hint, uniform, args.mask_ratio)
             run.log(loss=loss)
-            if learned:                                                                     # how much masks differ, 0: all alike
-                run.log(generator_loss=fooled, generator_spread=places * probability.std(0, correction=0).mean())
+            if learned:
+                generator_loss = (discriminator(soft_mask) - 1).square().mean()
+                run.log(generator_loss=generator_loss)
+                loss = loss + args.adversarial_weight * generator_loss
+            run.scaler.scale(loss / run.accumulate).backward()
             if masks is not None:
-                run.log(**foreground_facts(probability, attention, mask, masks, encoder.grid))
-        run.update(optimizer)
+                run.log(**foreground_facts(model, hint, mask, masks))
+
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
         if learned:
             discriminator.requires_grad_(True)
+        run.log(lr=lr)
 
-    if data:
-        run.put("prior.pt", encoder=encoder.state_dict(), args=vars(args))
-    elif run.rank == 0:
-        draw(model, prior, val or train, run, args)
+    if run.rank == 0:
+        draw(model.eval(), prior, val or train, run)
+        if learned:
+            report(model, prior, val or train, run)
+
+
+def look(masking, prior, images, masks, grid):
+    """→ what the masking looks at: see `AutoMAE.forward`. Raises UserError if boxes are wanted and there are no masks."""
+    if prior is not None:
+        return prior(images)                                                # (B, heads, N)
+    if masking == "boxes":
+        if masks is None:
+            raise UserError("--masking boxes needs data with masks of the foreground, as the scenes have")
+        return object_boxes(masks, grid)                                    # (B, N)
+    return None
+
+
+# --------------------------------------------------------------------------------------------------- what was learned
+
+def weighted_mean(values, weights):
+    return (values * weights).sum() / weights.sum()
+
+
+def foreground_ratio(values, foreground):
+    """Both (B, N) → how many times as high the values are, on average, on the foreground as on the background."""
+    return weighted_mean(values, foreground) / weighted_mean(values, 1 - foreground)
+
 
 @torch.no_grad()
-def draw(model, prior, data, run, args, count=10):
-    """Writes OUT/masks.png: pictures, what guided the mask, the mask, and the reconstruction."""
-    index = torch.linspace(0, len(data) - 1, min(count, len(data))).long()
-    images, _, masks = next(data.stream([(index, 0)], run, args.size))
-    torch.manual_seed(args.seed)
-    noise, grid = torch.rand(len(images), model.encoder.grid[0] * model.encoder.grid[1], device=run.device), model.encoder.grid
-    n, rows, attention = visible(noise.shape[1], args.mask_ratio), {}, prior.forward(images) if prior else None
-    shown = lambda x: (x / x.amax(1, keepdim=True))[..., None].expand(-1, -1, args.patch ** 2 * args.channels) * 255
-    probability, guide = propose(args.masking, model.eval().generator, attention, masks, noise, grid, n)
-    if prior:
-        rows["attention of the prior"] = shown(attention.mean(1))
-    if model.generator:
-        rows["probability by the generator"] = shown(probability)
-        if (probability.std(0, correction=0) * noise.shape[1]).mean() < 0.01:
-            run.say("the generator gives every picture the same mask: try another --lr, --adversarial-weight or a longer prior")
-    highlighted = highlight(guide, n) if model.generator else guide
-    _, prediction, mask = model.forward(images, highlighted, noise, args.mask_ratio)        # not compiled for this one batch
-    patches, mask = patchify(images, args.patch), mask[..., None]                           # (B, N, P·P·C), (B, N, 1)
-    if args.norm_pixels:
-        prediction = with_contrast(prediction, patches)
-    pixels = lambda x: patchify((unpatchify(x, args.patch, args.size) * data.std + data.mean).clamp(0, 255), args.patch)
-    rows = {"original": pixels(patches), **rows, f"{1 - args.mask_ratio:.0%} visible": pixels(patches * (1 - mask)),
-            "reconstruction" + TRUE_CONTRAST * args.norm_pixels: pixels(patches * (1 - mask) + prediction * mask)}
-    save_sheet(f"{run.out}/masks.png", {title: unpatchify(row, args.patch, args.size).byte() for title, row in rows.items()})
-    run.say(f"pictures: {run.out}/masks.png")
+def foreground_facts(model, hint, mask, masks):
+    """→ for the log: where the masking hides and highlights, measured with foreground masks bool (B, H, W)."""
+    foreground = F.adaptive_avg_pool2d(masks.float(), model.encoder.grid).flatten(1)     # (B, N), the part of a patch
+    facts = dict(hidden_foreground=weighted_mean(mask, foreground), hidden_background=weighted_mean(mask, 1 - foreground))
+    if model.masking in ("learned", "attention"):
+        facts["attention_ratio"] = foreground_ratio(hint.float().mean(dim=1), foreground)
+    if model.masking == "learned":
+        # Objects tend to lie in the middle. The mean map over all images knows that much without looking at any of them.
+        probability = model.generator(hint).exp()
+        facts["foreground_ratio"] = foreground_ratio(probability, foreground)
+        facts["static_ratio"] = foreground_ratio(probability.mean(dim=0).expand_as(probability), foreground)
+    return facts
 
-# ------------------------------------------------------------------------------------------------------------ command line
 
-PRESETS = {  # what --data selects, for every option left open; imagenet is the paper's recipe, the others are ours
-    "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
-                   pseudo_masks="matched", attention="all", prior_epochs=2, epochs=2, batch=32, lr=1.6e-2, warmup=0.4),
-    "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
-                  pseudo_masks="matched", attention="all", prior_epochs=3, epochs=50, batch=64, lr=8e-3, warmup=0.5),
-    "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
-                     pseudo_masks="paper", attention="last", epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
-}
+@torch.no_grad()
+def report(model, prior, dataset, run, count=1000):
+    """Says how much more often the generator highlights objects than background, where the data have masks."""
+    hints, all_masks = [], []
+    plan = [(ids, 0) for ids in spread(len(dataset), count).split(250)]
+    for images, _, masks in batches(dataset, plan, run):
+        if masks is None:
+            return run.print("whether objects are highlighted is not measured: the data have no masks of them")
+        hints.append(prior(images))
+        all_masks.append(masks)
+    hint, masks = torch.cat(hints), torch.cat(all_masks)
+    facts = foreground_facts(model, hint, torch.ones_like(hint[:, 0]), masks)
+    ratio, static = facts["foreground_ratio"].item(), facts["static_ratio"].item()
+    run.print(f"objects are highlighted {ratio:.1f} times as often as background (by chance 1.0; {static:.1f} of it is where "
+              "objects tend to lie)")
+    run.write_log(step=run.step, foreground_ratio=ratio, static_ratio=static)
+
+
+@torch.no_grad()
+def draw(model, prior, dataset, run, count=10):
+    """Writes OUT/masks.png: images, what guided the masks, the masks, and what the decoder makes of them."""
+    args, patch_size = run.args, model.encoder.patch_size
+    images, _, masks = next(batches(dataset, [(spread(len(dataset), count), args.seed)], run))
+    hint = look(args.masking, prior, images, masks, model.encoder.grid)
+    patches = patchify(images, patch_size)                                  # (B, N, P·P·C)
+    uniform = torch.rand(2, *patches.shape[:2], device=run.device)
+    _, prediction, mask, _ = model.forward(images, hint, uniform, args.mask_ratio)
+    if model.norm_pixels:
+        deviation = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        prediction = prediction * deviation + patches.mean(dim=-1, keepdim=True)
+    mask = mask[..., None]                                                  # (B, N, 1)
+
+    def pixels(patches):
+        return to_pixels(unpatchify(patches, patch_size, model.encoder.img_size), args)
+
+    def brightness(values):
+        """(B, N) → grey images, white where an image's highest value is."""
+        values = (255 * values / values.amax(dim=1, keepdim=True))[..., None].expand_as(patches)
+        return unpatchify(values, patch_size, model.encoder.img_size).byte().cpu()
+
+    rows = {"image": pixels(patches)}
+    if prior is not None:
+        rows["attention of the prior"] = brightness(hint.mean(dim=1))
+    if model.generator is not None:
+        rows["probability by the generator"] = brightness(model.generator(hint).exp())
+    note = " (hidden patches with their true mean and contrast)" if model.norm_pixels else ""
+    rows[f"{1 - args.mask_ratio:.0%} visible"] = pixels(patches * (1 - mask))
+    rows["reconstruction" + note] = pixels(patches * (1 - mask) + prediction * mask)
+    save_image_rows(f"{args.out}/masks.png", rows)
+    run.print(f"images: {args.out}/masks.png")
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+# Defaults by kind of data. "imagenet" is the paper's recipe; the others take minutes on a CPU [not in the paper].
+SMALL = dict(model="nano", decoder=dict(embed_dim=64, depth=2, num_heads=4), norm_pixels=False, crop=1.0, updates=1250,
+             prior_updates=1250, scale_attention=True, batch=32, lr=1.6e-2, warmup=0.4)
+IMAGENET = dict(model="base", size=[224], decoder=dict(embed_dim=512, depth=8, num_heads=16), norm_pixels=True, crop=0.2,
+                epochs=800, scale_attention=False, batch=4096, lr=1.5e-4, warmup=40.0)
+
+
+def preset(args, kind):
+    """→ the defaults for a kind of data."""
+    if kind == "imagenet":
+        return IMAGENET | dict(patch=VITS[args.model or "base"]["patch_size"])
+    return SMALL
+
 
 def options():
-    parser, add = shared_options("automae.py", "Pre-trains a masked autoencoder that learns where to mask.")
-    switch = argparse.BooleanOptionalAction
-    add["model"]("--mask-ratio", type=float, default=0.75, help="share of the patches that is hidden (0.75)")
-    add["model"]("--masking", choices=("learned", "attention", "boxes", "random"), default="learned", help="what is hidden more "
-                 "often: what the generator says, what the prior attends to, the object's true box, nothing (learned)")
-    add["model"]("--mask-factor", type=float, default=0.5, help="how much more often: added to noise of 0 … 1 (0.5)")
-    add["model"]("--norm-pixels", action=switch, help="predict each patch normalised by its own mean and contrast (on)")
-    add["model"]("--adversarial-weight", type=float, default=0.2, help="weight of looking like a box, for the generator (0.2)")
-    add["model"]("--pseudo-masks", choices=("paper", "matched"), help="the discriminator's boxes: the paper's, or, for small "
-                 "pictures and short runs, clearer ones with the guides' own noise, × N, and a slower generator (paper)")
-    add["model"]("--attention", choices=("last", "all"), help="blocks of the prior whose attention guides the masks (last)")
-    add["model"]("--two-stage", action=switch, default=False, help="the generator learns from the discriminator alone (off)")
-    add["model"]("--prior", help="checkpoint with the pre-trained ViT for the attention (MAE, ViT-B, 800 epochs)")
-    add["model"]("--prior-epochs", type=int, help="epochs of the plain MAE that is trained first when there is no --prior "
-                 "(2 on scenes, 3 on small sets)")
+    """→ automae.py's parser."""
+    parser = shared_options("Pre-trains a masked autoencoder that learns where to mask.")
+    fraction = number(float, 0, 1)
+    add = parser.add_argument_group("automae").add_argument
+    add("--masking", choices=("learned", "attention", "boxes", "random"), default="learned", help="what is hidden more often: "
+        "what the generator says, what the prior attends to, the object's true box, nothing (paper: learned)")
+    add("--mask-ratio", type=fraction, default=0.75, help="part of the patches that is hidden (paper: 0.75)")
+    add("--mask-factor", type=number(float, 0), default=0.5, help="what is added to the random numbers of highlighted "
+        "patches; 0 is random masking, 1 hides them surely (paper: 0.5)")
+    add("--adversarial-weight", type=number(float, 0), default=0.2, help="weight of looking like a box (paper: 0.2)")
+    add("--prior", help="checkpoint of the ViT that gives the attention; left out: a small one is trained first (paper: MAE)")
+    add("--prior-updates", type=number(int, 1), help="steps of that training")
+    add("--norm-pixels", action=argparse.BooleanOptionalAction, help="predict normalised patches (paper: yes)")
     return parser
 
-ONLY = (  # options that do something with these values of another only
-    ("masking", "learned", "two_stage adversarial_weight pseudo_masks"),
-    ("masking", "learned attention", "prior prior_epochs attention"),
-    ("masking", "learned attention boxes", "mask_factor"),
-    ("prior", "None", "prior_epochs"),
-)
 
 def main(arguments=None):
-    args = fit(settings(options(), lambda args, kind: PRESETS[kind], arguments, ONLY))
-    check_ratio(args)
-    pretrain(args)
+    pretrain(parse_args(options(), "automae", preset, arguments))
+
 
 if __name__ == "__main__":
     entry(main)

@@ -1,583 +1,899 @@
-"""What the four scripts share: patches, a vision transformer, data, and a run. Whoever copies a script takes this file along.
+"""What every script of this project needs and no paper is about, in six rooms: patches, a vision
+transformer, weights in and out, images, a run, and the command line. To use a script elsewhere, copy it
+together with this file.
 
-What two of them need stands here, MAE's hiding and its loss included; what one paper adds stands in its script. Letters in
-shapes: B batch, N patches, n visible patches, D width, H heads, P patch side, C channels, T tokens, M pictures in a data set.
+Letters in shapes: B images in a batch, C channels, H×W pixels, P patch size, h×w grid of patches, N = h·w
+patches, n visible patches, T tokens, D width of the encoder, d width of the decoder, M images in a dataset.
 """
 
-import difflib, hashlib, json, math, multiprocessing, os, signal, sys, time, zipfile
-from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections import OrderedDict
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, OrderedDict
 from datetime import timedelta
+
+# Threads that wait for work spin, and so starve other programs on a busy machine. A short spin keeps the
+# speed of a machine left alone and nearly doubles that of a busy one. It counts only if it is set before
+# torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
-from torch import distributed as dist, nn
+from PIL import Image, ImageDraw, ImageFont                           # Pillow comes with torchvision
+from torch import distributed as dist
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms import v2
 
-class Problem(ValueError):
-    """A user's mistake or bad luck: on the command line one line on stderr, no traceback."""
 
-# ----------------------------------------------------------------------------------------------------------------- patches
+class UserError(ValueError):
+    """Something the user can mend: on the command line it becomes one line, without a traceback."""
 
-def pair(size):
-    return (size, size) if isinstance(size, int) else tuple(size)
 
-def grid_of(size, patch):
-    """(height, width) in pixels → (rows, columns) of patches. Raises Problem when the patches do not fit."""
-    if size[0] % patch or size[1] % patch:
-        raise Problem(f"a size of {size[0]}×{size[1]} pixels does not divide into patches of {patch}×{patch}")
-    return size[0] // patch, size[1] // patch
+# -------------------------------------------------------------------------------------------------- patches
 
-def patchify(images, patch):
-    """(B, C, H, W) → (B, N, P·P·C): patches row by row; inside a patch the order is row, column, channel."""
-    h, w = grid_of(images.shape[2:], patch)
-    x = images.unflatten(3, (w, patch)).unflatten(2, (h, patch))                            # (B, C, h, P, w, P)
+def to_pair(size):
+    """224 → (224, 224), and [96, 160] → (96, 160): height, then width."""
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[-1])
+
+
+def patch_grid(img_size, patch_size):
+    """Image size in pixels → (rows, columns) of patches. Raises UserError if the patches do not fit."""
+    height, width = to_pair(img_size)
+    if height % patch_size or width % patch_size:
+        raise UserError(f"{height}×{width} pixels do not divide into patches of {patch_size}×{patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def patchify(images, patch_size):
+    """images (B, C, H, W) → patches (B, N, P·P·C), row by row; within a patch the order is row, column,
+    channel. Any number of channels, square or not. Raises UserError if the patches do not fit."""
+    h, w = patch_grid(images.shape[2:], patch_size)
+    x = images.unflatten(3, (w, patch_size)).unflatten(2, (h, patch_size))  # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
-def unpatchify(patches, patch, size):
-    """(B, N, P·P·C) → (B, C, H, W), the inverse of `patchify`. `size`: the picture's side or (H, W), in pixels."""
-    x = patches.unflatten(2, (patch, patch, -1)).unflatten(1, grid_of(pair(size), patch))   # (B, h, w, P, P, C)
+
+def unpatchify(patches, patch_size, img_size):
+    """patches (B, N, P·P·C) → images (B, C, H, W): the inverse of `patchify`. img_size: side or (height,
+    width)."""
+    x = patches.unflatten(2, (patch_size, patch_size, -1))
+    x = x.unflatten(1, patch_grid(img_size, patch_size))              # (B, h, w, P, P, C)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
+
 def sincos_positions(dim, grid):
-    """The fixed 2-D sine-cosine table (h·w, dim): its first half tells the column, its second the row (MAE, section 3). Each half
-    holds sin, then cos, of place / 10000^(k / (dim/4)) for k = 0 … dim/4 − 1. Raises Problem unless dim divides by 4."""
+    """The fixed two-dimensional sine-cosine table (N, dim) for a grid (rows, columns), as in MAE's code:
+    the first half of the numbers encodes the column, the second the row. Raises UserError if dim is not a
+    multiple of 4."""
     if dim % 4:
-        raise Problem(f"sine-cosine positions need a width that divides by 4, not {dim}")
-    frequency = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    row, column = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).T      # 2 × (N,)
-    angles = [place[:, None] * frequency for place in (column, row)]                        # 2 × (N, dim/4)
-    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()
+        raise UserError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}")
+    # Each half holds sin(place · f), then cos(place · f), for dim/4 frequencies f from 1 down to about
+    # 1/10000. Nearby places differ in the fast waves, distant ones in the slow waves.
+    frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).T
+    waves = []
+    for place in (column, row):
+        angles = place[:, None] * frequencies                         # (N, dim/4)
+        waves += [angles.sin(), angles.cos()]
+    return torch.cat(waves, dim=1).float()
 
-def take(tokens, index):
-    """tokens (B, N, D), index (B, n) → (B, n, D): each picture its own choice of tokens."""
-    return tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[-1]))
 
-def visible(places, mask_ratio):
-    """→ how many of so many patches stay visible: int(N·(1 − mask_ratio)), as in MAE's code."""
-    return int(places * (1 - mask_ratio))
+def gather_tokens(tokens, ids):
+    """tokens (B, N, D), ids (B, n) → (B, n, D): the tokens with these numbers, chosen separately for each
+    image."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
 
-def keep_lowest(scores, n):
-    """scores (B, N) → keep (B, n), restore (B, N), mask (B, N): the n lowest scores stay visible, in every picture exactly n.
-    `restore` brings tokens in the order visible, hidden back to their places; `mask` is 1 where hidden, 0 where visible."""
-    shuffle = scores.argsort(dim=1)                                                         # lowest score first
-    restore = shuffle.argsort(dim=1)                                                        # the inverse permutation
-    return shuffle[:, :n], restore, (restore >= n).float()
 
-def pixel_loss(images, prediction, mask, patch, norm_pixels):
-    """(B, C, H, W), (B, N, P·P·C), (B, N) → (): mean squared error over the hidden patches only (MAE, section 3). With
-    `norm_pixels` the target is each patch normalised by its own mean and (unbiased) variance."""
-    target = patchify(images, patch).float()
-    if norm_pixels:
-        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    error = (prediction.float() - target).square().mean(-1)                                 # (B, N)
-    return (error * mask).sum() / mask.sum()
+# ---------------------------------------------------------------------------------------------- transformer
 
-TRUE_CONTRAST = ", each hidden patch with its true mean and contrast"                       # for captions of what this makes:
+def vit_size(embed_dim, depth, num_heads, patch_size=16):
+    return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size)
 
-def with_contrast(prediction, patches):
-    """Both (B, N, P·P·C) → the prediction with each true patch's mean and contrast: makes a picture of what `norm_pixels` learns,
-    and gives part of the answer away."""
-    return prediction * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
-
-# ------------------------------------------------------------------------------------------------------------- transformer
 
 VITS = {
-    "nano": dict(dim=128, depth=4, heads=4, patch=8),                                       # ours, for a laptop's CPU
-    "light": dict(dim=384, depth=4, heads=6, patch=16),                                     # ours, MRA's augmentor
-    "tiny": dict(dim=192, depth=12, heads=3, patch=16),
-    "small": dict(dim=384, depth=12, heads=6, patch=16),
-    "base": dict(dim=768, depth=12, heads=12, patch=16),
-    "large": dict(dim=1024, depth=24, heads=16, patch=16),
-    "huge": dict(dim=1280, depth=32, heads=16, patch=14),
+    "nano": vit_size(128, 4, 4, patch_size=8),                        # for a laptop's CPU [not in the paper]
+    "light": vit_size(384, 4, 6),                           # MRA's augmentor; its width is [not in the paper]
+    "tiny": vit_size(192, 12, 3),
+    "small": vit_size(384, 12, 6),
+    "base": vit_size(768, 12, 12),                                    # the papers' ViT-B, ViT-L and ViT-H
+    "large": vit_size(1024, 24, 16),
+    "huge": vit_size(1280, 32, 16, patch_size=14),
 }
 
+
 class Attention(nn.Module):
-    """Multi-head self-attention (B, T, D) → (B, T, D) in one fused kernel."""
+    """Multi-head self-attention, x (B, T, D) → (B, T, D). Raises UserError if the heads do not divide the
+    width."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, embed_dim, num_heads):
         super().__init__()
-        if dim % heads:
-            raise Problem(f"a width of {dim} does not divide into {heads} heads")
-        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        if embed_dim % num_heads:
+            raise UserError(f"a width of {embed_dim} cannot be divided into {num_heads} heads")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def split(self, x):
-        """(B, T, D) → queries, keys, values, each (B, H, T, D/H)."""
-        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    def project(self, x):
+        """x (B, T, D) → queries, keys and values, each (B, heads, T, D/heads)."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x):
-        return self.proj(F.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2))
+        # One fused kernel (FlashAttention where the GPU has it): the T×T weights never exist in memory.
+        q, k, v = self.project(x)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).flatten(2))
 
-    def weights(self, x, first=None):
-        """(B, T, D) → (B, H, T, T): who looks where, for those who want to see it, or only where the `first` so many look. Each
-        row sums to 1."""
-        q, k, _ = self.split(x)
-        return (q[:, :, :first] @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+    def weights(self, x):
+        """x (B, T, D) → (B, heads, T, T): how much each token attends to each other one. Every row sums to
+        1. For looking at attention; `forward` never computes it."""
+        q, k, _ = self.project(x)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        return scores.softmax(dim=-1)
+
 
 class Block(nn.Module):
-    """Pre-norm transformer block (B, T, D) → (B, T, D). While training, each of its two branches is left out for a whole picture
-    with probability `drop_path`, and scaled up when it stays. With `again` it keeps only x for the backward pass, and computes
-    the rest a second time: a step takes about a third longer, and most of the memory is free."""
+    """A pre-norm transformer block, x (B, T, D) → (B, T, D): attention mixes tokens, the MLP works on each
+    alone."""
 
-    again = False
-
-    def __init__(self, dim, heads, drop_path=0.0, attention=Attention):
+    def __init__(self, embed_dim, num_heads, drop_path=0.0):
         super().__init__()
-        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-        self.drop = torchvision.ops.StochasticDepth(drop_path, "row")
+        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.attn = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(
+            fc1=nn.Linear(embed_dim, 4 * embed_dim),
+            act=nn.GELU(),
+            fc2=nn.Linear(4 * embed_dim, embed_dim),
+        ))
+        # In training, skip a whole branch for some of the images: a regulariser for fine-tuning (stochastic
+        # depth).
+        self.drop_path = torchvision.ops.StochasticDepth(drop_path, "row")
 
     def forward(self, x):
-        return checkpoint(self.branches, x, use_reentrant=False) if self.again else self.branches(x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def branches(self, x):
-        x = x + self.drop(self.attn(self.norm1(x)))
-        return x + self.drop(self.mlp(self.norm2(x)))
 
-def start_weights(module):
-    """MAE's start: Xavier-uniform linear layers, the patch projection seen as one of them, and zero biases."""
+def init_weights(module):
+    """MAE's initialisation: Xavier-uniform for linear layers, the patch projection seen as one; biases are
+    zero."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         nn.init.zeros_(module.bias)
 
+
 def fixed_positions(dim, grid):
-    """→ positions (1, 1+N, dim) that do not learn, the class token's first."""
-    table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, grid)])                   # the class token's row is zero
-    return nn.Parameter(table[None], requires_grad=False)                                   # (1, 1+N, D)
+    """→ a table (1, 1+N, dim) that is not trained. Its first row belongs to the class token and is zero."""
+    table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, grid)])
+    return nn.Parameter(table[None], requires_grad=False)
+
 
 class ViT(nn.Module):
-    """Vision transformer with timm's parameter names, in the two halves a masked autoencoder needs: `embed` makes every patch a
-    token, `encode` runs the blocks over whichever tokens are left. `size` is the pictures' side or (height, width) in pixels.
+    """A vision transformer, split where a masked autoencoder needs it: `embed` turns every patch into a
+    token, `encode` runs the blocks over whichever tokens are left. Argument and parameter names are timm's.
 
-    `vit(images)` gives the class token (`pool="cls"`) or the normalised mean of the patch tokens (`pool="mean"`), or with
-    `classes` a linear head's logits. Raises Problem when size and patch, or dim and heads, do not divide.
+    vit(images (B, C, H, W)) → features (B, D), or logits (B, num_classes). The feature is the class token
+    (global_pool="token") or the mean of the patch tokens ("avg"). Raises UserError if sizes do not divide.
     """
 
-    def __init__(self, size=224, patch=16, channels=3, dim=768, depth=12, heads=12, classes=0, pool="cls", drop_path=0.0,
-                 attention=Attention):
+    def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=0, embed_dim=768, depth=12,
+                 num_heads=12, drop_path_rate=0.0, global_pool="token"):
         super().__init__()
-        self.size, self.patch, self.channels, self.dim, self.pool = pair(size), patch, channels, dim, pool
-        self.grid = grid_of(self.size, patch)
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(channels, dim, patch, stride=patch)})
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.pos_embed = fixed_positions(dim, self.grid)
-        rates = torch.linspace(0, drop_path, depth).tolist()                                # deeper blocks are dropped more
-        self.blocks = nn.Sequential(*(Block(dim, heads, rate, attention) for rate in rates))
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
-        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
-        self.head = nn.Linear(dim, classes) if classes else nn.Identity()
-        self.apply(start_weights)
+        # What it takes to build this model again. Checkpoints keep it as args["vit"]; timm takes it as it is.
+        self.config = dict(
+            img_size=to_pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
+            embed_dim=embed_dim, depth=depth, num_heads=num_heads, drop_path_rate=drop_path_rate,
+            global_pool=global_pool)
+        for name, value in self.config.items():
+            setattr(self, name, value)                                # self.patch_size and so on
+        self.grid = patch_grid(img_size, patch_size)
+
+        projection = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": projection})
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.pos_embed = fixed_positions(embed_dim, self.grid)
+        rates = torch.linspace(0, drop_path_rate, depth).tolist()     # deeper blocks are skipped more often
+        self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, rate) for rate in rates))
+
+        # With the mean of the patch tokens the last norm comes after the mean, under another name (as in
+        # MAE's code).
+        norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm = norm if global_pool == "token" else nn.Identity()
+        self.fc_norm = norm if global_pool == "avg" else nn.Identity()
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.apply(init_weights)
 
     def embed(self, images):
-        """(B, C, H, W) → (B, N, D): a token with its position for every patch, no class token."""
-        return self.patch_embed["proj"](images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        """images (B, C, H, W) → tokens (B, N, D), one a patch, with its position; no class token yet."""
+        x = self.patch_embed["proj"](images)                          # (B, D, h, w)
+        return x.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
 
-    def with_class(self, tokens):
-        """(B, n, D) → (B, 1+n, D): the class token in front."""
-        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1), tokens], dim=1)
+    def add_class_token(self, tokens):
+        """tokens (B, n, D) → (B, 1+n, D): the class token comes first."""
+        class_token = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
     def encode(self, tokens):
-        """(B, n, D) → (B, 1+n, D): class token in front, all blocks, final norm. `tokens` may be any subset of the patches."""
-        return self.norm(self.blocks(self.with_class(tokens)))
+        """tokens (B, n, D), any subset of the patches → (B, 1+n, D), the class token first."""
+        return self.norm(self.blocks(self.add_class_token(tokens)))
 
     def forward(self, images):
-        """(B, C, H, W) → features (B, D), or logits (B, classes)."""
         x = self.encode(self.embed(images))
-        return self.head(self.fc_norm(x[:, 0] if self.pool == "cls" else x[:, 1:].mean(1)))
+        x = x[:, 0] if self.global_pool == "token" else x[:, 1:].mean(dim=1)
+        return self.head(self.fc_norm(x))
 
-    def attention_map(self, images, every=False):
-        """(B, C, H, W) → (B, H, N): the last block's attention from the class token to the patches; with `every` that of all
-        blocks one after the other, (B, depth·H, N)."""
-        x, maps = self.with_class(self.embed(images)), []
-        for k, block in enumerate(self.blocks):
-            x = self.blocks[k - 1](x) if k else x                                           # (B, 1+N, D) as this block gets it
-            if every or k == len(self.blocks) - 1:
-                maps.append(block.attn.weights(block.norm1(x), 1)[:, :, 0, 1:])
-        return torch.cat(maps, dim=1)
+    def attention_map(self, images):
+        """images (B, C, H, W) → (B, heads, N): how much the class token attends to each patch in the last
+        block."""
+        x = self.add_class_token(self.embed(images))
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = self.blocks[-1]
+        return last.attn.weights(last.norm1(x))[:, :, 0, 1:]
+
+    def feature_map(self, images, last=1):
+        """images (B, C, H, W) → (B, last·D, h, w) for dense tasks: the patch tokens of the last blocks,
+        each after the final norm, stacked along the channels."""
+        x = self.add_class_token(self.embed(images))
+        maps = []
+        for block in self.blocks:
+            x = block(x)
+            maps.append(self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, self.grid))
+        return torch.cat(maps[-last:], dim=1)
+
 
 class Decoder(nn.Module):
-    """MAE's light decoder, with the released names; grid, patch, channels and input width come from the encoder (section 3).
+    """MAE's light decoder (section 3), with the parameter names of the released files. Grid, patch size,
+    channels and input width come from the encoder.
 
-    decoder(latent (B, 1+n, D), restore (B, N)) → (B, N, P·P·C): one learned token stands in for every hidden patch, all tokens
-    return to their places, a few narrow blocks follow, and a linear layer paints the pixels.
+    decoder(latent (B, 1+n, D), ids_restore (B, N)) → predicted patches (B, N, P·P·C).
     """
 
-    def __init__(self, encoder, dim=512, depth=8, heads=16):
+    def __init__(self, encoder, embed_dim=512, depth=8, num_heads=16):
         super().__init__()
-        self.grid, self.decoder_embed = encoder.grid, nn.Linear(encoder.dim, dim)
-        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.decoder_pos_embed = fixed_positions(dim, encoder.grid)
-        self.decoder_blocks = nn.Sequential(*(Block(dim, heads) for _ in range(depth)))
-        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(dim, encoder.patch ** 2 * encoder.channels)
-        self.apply(start_weights)
+        # Checkpoints keep this as args["decoder"].
+        self.config = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        self.decoder_embed = nn.Linear(encoder.embed_dim, embed_dim)
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
+        self.decoder_pos_embed = fixed_positions(embed_dim, encoder.grid)
+        self.decoder_blocks = nn.Sequential(*(Block(embed_dim, num_heads) for _ in range(depth)))
+        self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(embed_dim, encoder.patch_size ** 2 * encoder.in_chans)
+        self.apply(init_weights)
 
-    def forward(self, latent, restore):
-        x = self.decoder_embed(latent)                                                      # (B, 1+n, d)
-        hidden = self.mask_token.expand(len(x), restore.shape[1] - x.shape[1] + 1, -1)      # (B, N−n, d)
-        patches = take(torch.cat([x[:, 1:], hidden.to(x.dtype)], dim=1), restore)           # (B, N, d) each in its place
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed                  # (B, 1+N, d)
-        return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)[:, 1:]))          # (B, N, P·P·C)
+    def forward(self, latent, ids_restore):
+        x = self.decoder_embed(latent)                                # (B, 1+n, d)
 
-# -------------------------------------------------------------------------------------------------------------------- data
+        # One learned mask token, copied, stands in for every hidden patch. The visible tokens come first,
+        # the mask tokens after them; ids_restore then moves each to the place in the image that it belongs
+        # to.
+        hidden = ids_restore.shape[1] - (x.shape[1] - 1)
+        mask_tokens = self.mask_token.expand(x.shape[0], hidden, -1).to(x.dtype)
+        patches = torch.cat([x[:, 1:], mask_tokens], dim=1)           # (B, N, d) in shuffled order
+        patches = gather_tokens(patches, ids_restore)                 # (B, N, d) in the image's order
 
-box = lambda x, y, a, b: torch.maximum(x.abs() - a, y.abs() - b)
-SHAPES = {  # inside where f(x, y) < 0, in units of the object's radius, y pointing down
+        # Positions tell the mask tokens, which are all alike, what to predict.
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # (B, 1+N, d)
+        x = self.decoder_norm(self.decoder_blocks(x))
+        return self.decoder_pred(x[:, 1:])                            # (B, N, P·P·C)
+
+
+# --------------------------------------------------------------------------------------- weights in and out
+
+def read_checkpoint(path):
+    """→ the dictionary in a checkpoint file, on the CPU. Nothing in a file can run code (`weights_only`).
+    Raises UserError if the file is missing, damaged or something else."""
+    if not os.path.isfile(path):                                      # a pipe or a device would never end
+        raise UserError(f"there is no checkpoint file {path!r}")
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's release keeps its options in one
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise UserError(f"{path} is damaged or not a checkpoint: {type(error).__name__}: {str(error)[:80]}")
+
+
+RENAMES = [            # Hugging Face's parameter names, in files and in newer classes → timm's, in this order
+    (r"^((module|model|backbone|vit)\.)+", ""),
+    (r"^decoder\.(?=decoder_|mask_token)", ""),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^embeddings\.", ""),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"^decoder_layers\.", "decoder_blocks."),
+    (r"attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r"attn.\2."),
+    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"\.output\.dense", ".mlp.fc2"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"^layernorm", "norm"),
+    (r"^classifier", "head"),
+]
+
+
+def read_weights(path, part):
+    """→ the tensors of a checkpoint's "encoder" or "decoder" under timm's names, and its options, {} if it
+    has none."""
+    loaded = read_checkpoint(path)
+    args = loaded.get("args", {})
+    if isinstance(args, argparse.Namespace):
+        args = vars(args)
+    state = loaded
+    for key in ("state_dict", "model", part):
+        if key in loaded:
+            state = loaded[key]
+
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if torch.is_tensor(tensor):
+            renamed[name] = tensor
+
+    # Hugging Face keeps queries, keys and values in three layers; timm stacks them into one.
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [renamed.pop(name.replace(".q.", f".{letter}.")) for letter in "qkv"]
+        renamed[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+    return renamed, args
+
+
+def count_blocks(state, prefix):
+    """→ how many transformer blocks have names that begin with prefix."""
+    return len({name.split(".")[1] for name in state if name.startswith(prefix)})
+
+
+def stored_grid(table, guess):
+    """→ the (rows, columns) of patches that a position table (1, 1+N, D) was made for. A fixed sine-cosine
+    table says so itself: 144 places may be 12×12 or 9×16. A learned one is of the guess, if that has N
+    places, or else square. Raises UserError if it cannot be square either."""
+    places, dim = table.shape[1] - 1, table.shape[2]
+    grids = [(rows, places // rows) for rows in range(1, places + 1) if places % rows == 0]
+    for grid in grids:
+        if dim % 4 == 0:
+            fixed = sincos_positions(dim, grid)
+            if torch.allclose(fixed, table[0, 1:].float(), atol=1e-4):
+                return grid
+    side = math.isqrt(places)
+    for grid in (guess, (side, side)):
+        if grid in grids:
+            return grid
+    raise UserError(f"{places} positions are not of a square image: give img_size=(height, width)")
+
+
+def resize_positions(table, source, grid):
+    """A position table (1, 1+N, D) for another grid, by bicubic interpolation, as MAE does for larger
+    images."""
+    if source == grid:
+        return table
+    print(f"positions resized from {source} to {grid} patches", flush=True)
+    places = table[:, 1:].float().transpose(1, 2).unflatten(2, source)  # (1, D, rows, columns)
+    places = F.interpolate(places, grid, mode="bicubic")
+    return torch.cat([table[:, :1], places.flatten(2).transpose(1, 2)], dim=1)
+
+
+def fill(module, state, path, optional=()):
+    """Copies tensors into a module and prints what is left over. Only parameters whose names begin with
+    `optional` may be missing. Raises UserError if others are, or if weights are not finite numbers."""
+    wanted = module.state_dict()
+    fitting = {}
+    for name, tensor in state.items():
+        if name in wanted and tensor.shape == wanted[name].shape:
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise UserError(f"{path}: {name} holds something else than finite numbers")
+            fitting[name] = tensor
+    missing = [name for name in wanted if name not in fitting]
+    unused = [name for name in state if name not in fitting]
+    if not all(name.startswith(optional) for name in missing):
+        raise UserError(f"{path} does not fit this model: missing or of another shape are {missing[:4]}")
+    module.load_state_dict(fitting, strict=False)
+    notes = f"; new: {', '.join(missing)}" if missing else ""
+    notes += f"; not used: {', '.join(unused[:4])} …" if unused else ""
+    print(f"loaded {len(fitting)} tensors from {path}{notes}", flush=True)
+
+
+def load_encoder(path, **overrides):
+    """→ a ViT built from what a file holds: a checkpoint of this project, of MAE's release (pre-trained or
+    fine-tuned), of timm or of Hugging Face (ViTMAE, ViT). Any argument of `ViT` can be given instead; for
+    another img_size the positions are resized. A fine-tuned file gives the whole classifier, head included.
+
+    The ViT also has `classes` (names), `mean` and `std` (of its images, in pixel values 0 … 255), or None
+    where the file does not say. Raises UserError if there is no such encoder in the file, or it does not
+    fit the overrides.
+    """
+    state, args = read_weights(path, "encoder")
+    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
+        raise UserError(f"{path} has no encoder of this project, MAE's release, timm or Hugging Face")
+
+    # Sizes come from the tensors themselves; the file's options are only asked for what tensors do not show.
+    embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
+    depth = count_blocks(state, "blocks.")
+    num_heads = max(1, embed_dim // 64)
+    for size in VITS.values():
+        if size["embed_dim"] == embed_dim and size["depth"] == depth:
+            num_heads = size["num_heads"]
+    saved = args.get("vit", {})
+    height, width = to_pair(overrides.get("img_size") or saved.get("img_size", 0))
+    grid = stored_grid(state["pos_embed"], (height // patch_size, width // patch_size))
+    config = dict(
+        img_size=(grid[0] * patch_size, grid[1] * patch_size),
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=len(state.get("head.weight", ())),
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=saved.get("num_heads", num_heads),
+        global_pool="avg" if "fc_norm.weight" in state else "token",
+    )
+    encoder = ViT(**(config | overrides))
+    state["pos_embed"] = resize_positions(state["pos_embed"], grid, encoder.grid)
+    fill(encoder, state, path, optional=("head.", "norm.", "fc_norm."))
+    encoder.classes, encoder.mean, encoder.std = args.get("classes"), args.get("mean"), args.get("std")
+    return encoder
+
+
+def load_decoder(path, encoder, **overrides):
+    """→ the Decoder in a file, for the encoder from the same file. Any argument of `Decoder` can be given
+    instead: most files do not say num_heads, which is then 16. Raises UserError if there is no decoder in
+    it, or it does not fit."""
+    state, args = read_weights(path, "decoder")
+    if "decoder_embed.weight" not in state:
+        raise UserError(f"{path} has no decoder: only files of pre-training have one")
+    config = dict(
+        embed_dim=len(state["decoder_embed.weight"]),
+        depth=count_blocks(state, "decoder_blocks."),
+        num_heads=args.get("decoder", {}).get("num_heads", 16),
+    )
+    decoder = Decoder(encoder, **(config | overrides))
+    table = state["decoder_pos_embed"]
+    state["decoder_pos_embed"] = resize_positions(table, stored_grid(table, encoder.grid), encoder.grid)
+    fill(decoder, state, path)
+    return decoder
+
+
+# --------------------------------------------------------------------------------------------------- images
+# A dataset is anything with __len__ and __getitem__(i) → (uint8 image (C, H, W), label). If it also has
+# `targets` (all labels), `classes` (their names), `mean` and `std` (a number a channel, in pixel values 0 …
+# 255), these are used.
+
+def box(x, y, a, b):
+    """Below zero inside a rectangle with half sides a and b."""
+    return torch.maximum(x.abs() - a, y.abs() - b)
+
+
+def star(x, y):
+    """Below zero inside a star: on the inner side of at least four of its five lines."""
+    sides = [math.sin(angle) * x + math.cos(angle) * y for angle in (0, 1.257, 2.513, 3.770, 5.027)]
+    return torch.stack(sides).topk(2, dim=0).values[1] - 0.36
+
+
+SHAPES = {                              # below zero inside the shape, in units of its radius, y pointing down
     "disc": lambda x, y: torch.hypot(x, y) - 0.82,
     "square": lambda x, y: box(x, y, 0.74, 0.74),
     "triangle": lambda x, y: torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.54,
-    "star": lambda x, y: torch.stack([math.sin(a) * x + math.cos(a) * y for a in (0, 1.257, 2.513, 3.770, 5.027)]
-                                     ).topk(2, dim=0).values[1] - 0.36,                     # inside four of five half-planes
+    "star": star,
     "cross": lambda x, y: torch.minimum(box(x, y, 0.3, 0.95), box(x, y, 0.95, 0.3)),
     "ring": lambda x, y: (torch.hypot(x, y) - 0.66).abs() - 0.21,
     "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.7 - torch.hypot(x - 0.48, y)),
-    "heart": lambda x, y: torch.minimum(0.707 * (x.abs() + y.abs()) - 0.57, torch.hypot(x.abs() - 0.4, y + 0.4) - 0.57),
-    "arrow": lambda x, y: torch.minimum(torch.maximum(y - 0.1, 0.71 * (x.abs() - y) - 0.66), box(x, y - 0.4, 0.28, 0.5)),
+    "heart": lambda x, y: torch.minimum(
+        0.707 * (x.abs() + y.abs()), torch.hypot(x.abs() - 0.4, y + 0.4)) - 0.57,
+    "arrow": lambda x, y: torch.minimum(
+        torch.maximum(y - 0.1, 0.71 * (x.abs() - y) - 0.66), box(x, y - 0.4, 0.28, 0.5)),
     "bowtie": lambda x, y: torch.maximum(0.78 * (y.abs() - 0.8 * x.abs()) - 0.08, x.abs() - 0.88),
 }
 
-def draw_scenes(index, size=64, seed=0):
-    """Scenes number `index` (B,) → images uint8 (B, 3, H, W), labels (B,) = index mod 10, foreground masks bool (B, H, W). One
-    of ten shapes in any colour, texture, size, tilt (±30°) and place, over slow waves of colour and thin stray lines. A scene
-    depends on (seed, index, size) alone."""
-    (H, W), label = pair(size), index % 10
-    side = min(H, W)                                                                        # the unit of length
-    numbers = np.stack([np.random.default_rng([seed, i]).random(64, np.float32) for i in index.tolist()], axis=1)
-    numbers = iter(torch.from_numpy(numbers)[..., None, None])                              # 64 of (B, 1, 1)
-    rand = lambda low=0.0, high=1.0: low + (high - low) * next(numbers)
-    colour = lambda low=0.0, high=1.0: torch.stack([rand(low, high) for _ in range(3)], 1)  # (B, 3, 1, 1)
 
-    def wave(x, y, low, high):                                                              # low…high periods per unit
-        turn, periods = rand(0, 6.283), 6.283 * rand(low, high)
+def draw_scenes(ids, size=64, seed=0):
+    """Scenes number ids (B,) → images uint8 (B, 3, size, size), labels (B,) = ids mod 10, foreground masks
+    bool (B, size, size). One of ten shapes in any colour, texture, size, tilt (±30°) and place, over slow
+    waves of colour and thin stray lines. A scene depends on (seed, id, size) alone."""
+    label = ids % 10
+    # 64 random numbers for each scene, taken one after another by rand(): (B, 1, 1) each.
+    numbers = [np.random.default_rng([seed, i]).random(64, np.float32) for i in ids.tolist()]
+    numbers = iter(torch.from_numpy(np.stack(numbers, axis=1))[..., None, None])
+
+    def rand(low=0.0, high=1.0):
+        return low + (high - low) * next(numbers)
+
+    def colour(low=0.0, high=1.0):
+        return torch.stack([rand(low, high) for _ in range(3)], dim=1)  # (B, 3, 1, 1)
+
+    def wave(x, y, low, high):
+        """A sine wave in a random direction, with low to high periods in the width of the image."""
+        turn = rand(0, 6.283)
+        periods = 6.283 * rand(low, high)
         return torch.sin(x * (periods * turn.cos()) + (y * (periods * turn.sin()) + rand(0, 6.283)))
 
-    X, Y = (torch.arange(W) + 0.5 - W / 2)[None] / side, (torch.arange(H) + 0.5 - H / 2)[:, None] / side
-    ground = colour(0.1, 0.9)
-    image = ground + (wave(X, Y, 0.3, 1.0) + wave(X, Y, 0.3, 1.0))[:, None] * colour(-0.1, 0.1)
-    for _ in range(4):                                                                      # stray lines
-        turn, shift, width = rand(0, 3.1416), rand(-0.45, 0.45), rand(0.006, 0.014)
+    # The background: a colour with two waves, and four stray lines that have nothing to do with the label.
+    X = ((torch.arange(size) + 0.5 - size / 2) / size)[None]          # (1, size), from −1/2 to 1/2
+    Y = X.T
+    background = colour(0.1, 0.9)
+    image = background + (wave(X, Y, 0.3, 1.0) + wave(X, Y, 0.3, 1.0))[:, None] * colour(-0.1, 0.1)
+    for _ in range(4):
+        turn, shift, thickness = rand(0, 3.1416), rand(-0.45, 0.45), rand(0.006, 0.014)
         distance = (X * turn.cos() + (Y * turn.sin() - shift)).abs_()
-        image.lerp_(colour(), distance.mul_(-side).add_(width * side + 0.5).clamp_(0, 1)[:, None])
+        opacity = distance.mul_(-size).add_(thickness * size + 0.5).clamp_(0, 1)
+        image.lerp_(colour(), opacity[:, None])
 
+    # The object in coordinates of its own: moved, turned and scaled, so that every shape function sees
+    # radius 1.
     radius, turn = rand(0.3, 0.42), rand(-0.52, 0.52)
-    x, y = (axis + rand(-1, 1) * (span / side / 2 - 0.9 * radius) for axis, span in ((X, W), (Y, H)))
+    x = X + rand(-1, 1) * (0.5 - 0.9 * radius)
+    y = Y + rand(-1, 1) * (0.5 - 0.9 * radius)
     cos, sin = turn.cos() / radius, turn.sin() / radius
-    x, y = x * cos + y * sin, y * cos - x * sin                                             # (B, H, W) the object's own frame
+    x, y = x * cos + y * sin, y * cos - x * sin                       # (B, size, size)
     distance = torch.empty_like(x)
     for k, shape in enumerate(SHAPES.values()):
         distance[label == k] = shape(x[label == k], y[label == k])
-    cover = distance.mul_(-side * radius).add_(0.5).clamp_(0, 1)                            # 1 inside, a border one pixel soft
-    bright, tint = ground.mean(1, keepdim=True), colour()                                   # lighter or darker than the ground
-    tint = 0.8 * (tint - tint.mean(1, keepdim=True)) + bright + (1 - 2 * (bright > 0.5)) * rand(0.35, 0.55)[:, None]
-    image.lerp_(tint + (wave(x, y, 0.5, 2.5) * rand(0, 0.12))[:, None], cover[:, None])
-    return image.clamp_(0, 1).mul_(255).round_().byte(), label, cover > 0.5
+    opacity = distance.mul_(-size * radius).add_(0.5).clamp_(0, 1)    # the border is one pixel soft
 
-class Pictures:
-    """A data set in memory: images uint8 (M, C, H, W), labels (M,) with −1 for unknown, class names, each channel's mean and std
-    (0 … 255) and, where they are known, foreground masks bool (M, H, W)."""
+    # Its colour is clearly lighter or darker than the background, so that it can be seen.
+    brightness = background.mean(dim=1, keepdim=True)
+    tint = colour()
+    tint = 0.8 * (tint - tint.mean(dim=1, keepdim=True)) + brightness
+    tint = tint + (1 - 2 * (brightness > 0.5)) * rand(0.35, 0.55)[:, None]
+    texture = wave(x, y, 0.5, 2.5) * rand(0, 0.12)
+    image.lerp_(tint + texture[:, None], opacity[:, None])
+    return image.clamp_(0, 1).mul_(255).round_().byte(), label, opacity > 0.5
 
-    def __init__(self, images, labels, classes, masks=None):
-        self.images, self.labels, self.classes, self.masks = images, labels, list(classes), masks
-        self.channels, self.size, few = images.shape[1], tuple(images.shape[2:]), images[:5_000].float()
-        self.mean, self.std = few.mean((0, 2, 3))[:, None, None], few.std((0, 2, 3))[:, None, None].clamp(min=1)
 
-    def __len__(self):
-        return len(self.labels)
+class Images(torch.utils.data.TensorDataset):
+    """A dataset in memory: images uint8 (M, C, H, W), targets (M,) with −1 for unknown, names of the
+    classes, and foreground masks bool (M, H, W) where they are known. Training keeps all of it on the
+    device."""
 
-    def pick(self, index):
-        """Keeps only the pictures of these numbers (M',)."""
-        for name in ("images", "labels", "masks", "boxes"):
-            if getattr(self, name, None) is not None:
-                setattr(self, name, getattr(self, name)[index])
+    def __init__(self, images, targets, classes, masks=None):
+        self.images = images
+        self.targets = torch.as_tensor(targets)
+        self.classes = list(classes)
+        self.masks = masks
+        super().__init__(self.images, self.targets)
 
-    def few(self, count, seed):
-        """Keeps `count` pictures of each class, which ones is decided by `seed`. Raises Problem when a class has fewer."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        labels = self.labels[order]
-        each = [order[labels == k][:count] for k in range(len(self.classes))]
-        if short := [f"{name} {len(found)}" for name, found in zip(self.classes, each) if len(found) < count]:
-            raise Problem(f"there are not --labels {count} pictures of each class: {', '.join(short[:5])}")
-        self.pick(torch.cat(each))
 
-    def normalise(self, images):
-        """Pixels 0 … 255 (B, C, H, W) → float with about zero mean and unit variance, on their device."""
-        self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
-        return (images.float() - self.mean) / self.std
-
-    def stream(self, plan, run, size, scale=None, change=None, crops=1):
-        """Yields a batch for each (picture numbers (b,), seed) of the plan, on the run's device: images (b, C, h, w) normalised,
-        labels (b,), masks (b, h, w) or None. With `scale`, the smallest share of the area that a random crop takes, torch is
-        given the seed first, so that crops and whatever the model draws next repeat; without, the pictures come whole. `change`
-        (uint8 (C, h, w) → the same) comes after the crop, picture by picture. With `crops` all come so many times, one round
-        after the other, each time cropped anew; the batch is as many times larger."""
-        for name in ("images", "labels", "masks"):                                          # the whole set moves to the device
-            setattr(self, name, None if getattr(self, name) is None else getattr(self, name).to(run.device))
-        for index, seed in plan:
-            index = index.to(run.device, non_blocking=True).repeat(crops)
-            images, masks = self.images[index], None if self.masks is None else self.masks[index]
-            if scale:
-                torch.manual_seed(seed)
-                images, masks = random_crops(images, masks, pair(size), scale)
-                if change:
-                    images = torch.stack([change(image) for image in images.round().clamp(0, 255).byte()])
-            elif pair(size) != self.size:
-                resize = lambda x: F.interpolate(x.float(), size, mode="bicubic", antialias=True)
-                images, masks = resize(images), None if masks is None else resize(masks[:, None])[:, 0] > 0.5
-            yield self.normalise(images), self.labels[index], masks
-
-class Scenes(Pictures):
-    """The `count` scenes from number `first` on, as `Pictures` with masks, and with boxes (M, 4): left, top, right and bottom in
-    pixels, the last two exclusive. 20,000 of 64×64 pixels are drawn in seconds."""
+class Scenes(Images):
+    """The `count` scenes from number `first` on, with their masks."""
 
     def __init__(self, count, size=64, seed=0, first=0):
-        chunks = torch.arange(first, first + count).split(200)                              # which fit the processor's cache
-        images, labels, masks = map(torch.cat, zip(*(draw_scenes(chunk, size, seed) for chunk in chunks)))
+        chunks = torch.arange(first, first + count).split(200)        # small enough for the processor's cache
+        drawn = [draw_scenes(chunk, size, seed) for chunk in chunks]
+        images, labels, masks = map(torch.cat, zip(*drawn))
         super().__init__(images, labels, SHAPES, masks)
-        sides = [(line.int().argmax(1), line.shape[1] - line.flip(1).int().argmax(1)) for line in (masks.any(1), masks.any(2))]
-        self.boxes = torch.stack([side for pair in zip(*sides) for side in pair], dim=1)
 
-class Files(Pictures):
-    """Picture files, decoded when they are needed by DataLoader workers; else as `Pictures`."""
 
-    def __init__(self, paths, labels, classes):
-        self.paths, self.labels, self.classes = np.array(list(map(os.fsencode, paths))), torch.as_tensor(labels), list(classes)
-        self.channels, self.size, self.broken = 3, (224, 224), set()
-        self.mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]                  # ImageNet's
-        self.std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
+Image.MAX_IMAGE_PIXELS = None                                        # Pillow's own limit is replaced by ours:
+MAX_PIXELS = 100_000_000                 # a file of a few kB can claim billions of pixels and fill the memory
 
-    def pick(self, index):
-        super().pick(index)
-        self.paths, self.broken = self.paths[index.numpy() if torch.is_tensor(index) else index], set()
 
-    def read(self, i):
-        """→ uint8 (3, H, W); grey, palette, alpha and CMYK become RGB. Raises RuntimeError or OSError for a broken picture."""
-        data = torch.from_numpy(np.fromfile(os.fsdecode(self.paths[i]), np.uint8))          # read_file trips over odd names
-        image = torchvision.io.decode_image(data, torchvision.io.ImageReadMode.RGB)
-        image = image[0] if image.ndim == 4 else image                                      # the first of moving pictures
-        return v2.functional.to_dtype(image, torch.uint8, scale=True)                       # from 16-bit PNG
+def read_image(path):
+    """An image file of any kind that Pillow reads → uint8 (3, H, W). Grey, palette, transparent and CMYK
+    images become RGB. Grey files of more than 8 bits become float32 with every level kept, scaled so that
+    the file's largest value is 255. Raises OSError or another of Pillow's errors for a broken file."""
+    with Image.open(path) as image:
+        if image.width * image.height > MAX_PIXELS:                   # known from the header, before decoding
+            raise OSError(f"it claims to have {image.width}×{image.height} pixels")
+        if image.mode[0] in "IF":
+            levels = torch.from_numpy(np.array(image, dtype=np.float32))
+            return (levels * 255 / levels.max().clamp(min=1)).expand(3, -1, -1)
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
 
-    def __getitem__(self, key):
-        """(i, seed) → what `transform` makes of picture i, `crops` times, its label, the seed, and i again if it was broken, else
-        −1: then the next whole picture stands in for it."""
-        i, seed = key
-        for j in range(i, i + 20):
+
+class ImageFolder(torchvision.datasets.ImageFolder):
+    """All image files below a folder. Its sub-folders are the classes; if there are images beside them, or
+    fewer than two sub-folders, all labels are −1. A validation folder takes over the `classes` of the
+    training folder. The next image stands in for an unreadable one."""
+
+    mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]    # ImageNet's
+
+    def __init__(self, root, classes=None):
+        self.given = classes
+        self.skipped = Counter()
+        super().__init__(root, loader=read_image, is_valid_file=self.is_image, allow_empty=True)
+        print(f"{len(self)} images in {root}; files skipped: {dict(self.skipped)}", flush=True)
+        if not self.samples:
+            raise UserError(f"there is no image in {root} or below it")
+
+    def is_image(self, path):
+        ending = os.path.splitext(path)[1].lower()
+        known = ending in (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif") and os.path.isfile(path)
+        self.skipped.update([] if known else [ending])
+        return known
+
+    def find_classes(self, root):
+        entries = list(os.scandir(root))
+        folders = sorted(entry.name for entry in entries if entry.is_dir())
+        loose = [entry for entry in entries if entry.is_file() and self.is_image(entry.path)]
+        if loose or len(folders) < 2:
+            return [], {".": -1}                                      # everything below the folder
+        classes = self.given or folders
+        unknown = set(folders) - set(classes)
+        if unknown:
+            raise UserError(f"{root} has classes without training images: {unknown}")
+        return classes, {name: k for k, name in enumerate(classes)}
+
+    def __getitem__(self, index):
+        for i in range(index, index + 20):
+            path, label = self.samples[i % len(self)]
             try:
-                image = self.read(j % len(self))
-                break
-            except (RuntimeError, OSError):
-                image = torch.zeros(3, *self.size, dtype=torch.uint8)
-        torch.default_generator.manual_seed(seed)                                           # torch.manual_seed takes half a ms
-        views = torch.stack([self.transform(image) for _ in range(self.crops)])             # of one decoding
-        return views, self.labels[j % len(self)], seed, -1 if i == j else i
+                return read_image(path), label
+            except Exception as error:                                # Pillow raises a dozen kinds
+                print(f"unreadable, the next image stands in: {path}: {error}", file=sys.stderr, flush=True)
+        raise UserError(f"20 images in a row are unreadable, the last is {path}")
 
-    def stream(self, plan, run, size, scale=None, change=None, crops=1):
-        smooth = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        edge = round(min(pair(size)) * (256 / 224 if min(pair(size)) <= 224 else 1))        # as in MAE's code
-        whole = scale in (None, 1)                                                          # torchvision would cut off ends
-        crop = v2.Resize(pair(size), **smooth) if whole else v2.RandomResizedCrop(pair(size), (scale, 1.0), **smooth)
-        self.crops, self.transform = crops, v2.Compose(
-            [crop, v2.RandomHorizontalFlip(), change or v2.Identity()] if scale else
-            [v2.Resize(edge, **smooth), v2.CenterCrop(pair(size))])
-        keys = ([(i, seed_of(seed, i)) for i in index.tolist()] for index, seed in plan)
-        for images, labels, seeds, broken in torch.utils.data.DataLoader(
-                self, batch_sampler=keys, num_workers=run.workers, pin_memory=run.device.type == "cuda",
-                worker_init_fn=leave_signals):
-            self.broken = self.broken | set(broken.tolist()) - {-1}                         # not |=, copies may share the set
-            if len(self.broken) > 0.01 * len(self):
-                print("unreadable:", *(os.fsdecode(self.paths[i]) for i in sorted(self.broken)), sep="\n  ", file=sys.stderr)
-                raise Problem(f"{len(self.broken)} of {len(self)} pictures, over 1 %, could not be read: mend or remove those")
-            torch.manual_seed(seeds[0].item())
-            images = images.to(run.device, non_blocking=True).transpose(0, 1).flatten(0, 1)           # (crops·b, C, h, w)
-            yield self.normalise(images), labels.to(run.device, non_blocking=True).repeat(crops), None
 
-def leave_signals(worker):
-    """Has a DataLoader's worker live on for a while when terminals and schedulers signal all processes: the run saves first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-
-IN_MEMORY = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10",
-             "cifar100": "CIFAR100", "stl10": "STL10"}                                      # our names: torchvision's
-DECODED = {"imagenette": "Imagenette", "flowers102": "Flowers102", "food101": "Food101", "pets": "OxfordIIITPet"}
+IN_MEMORY = {                                                         # our names: torchvision's
+    "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100", "stl10": "STL10"}
+DECODED = {
+    "imagenette": "Imagenette", "flowers102": "Flowers102", "food101": "Food101", "pets": "OxfordIIITPet"}
 SPLITS = {"stl10": ("train+unlabeled", "test"), "imagenette": ("train", "val"), "pets": ("trainval", "test")}
 
-def open_data(name=None, root="data", size=64, seed=0, limit=None):
-    """→ [training set, validation set or None]. `name` as in --data: None draws scenes of `size` pixels, else a torchvision name
-    (downloaded to `root`) or a folder. `limit`: only the first so many. Raises Problem for anything else, or no pictures."""
-    if name is None:                                                                        # 24,000 scenes, drawn in seconds
-        parts = [Scenes(min(20_000, limit or 20_000), size, seed), Scenes(min(4_000, limit or 4_000), size, seed, first=1 << 40)]
-    elif name in IN_MEMORY or name in DECODED:
-        parts = [torchvision_part(name, root, held_out) for held_out in (False, True)]
-    elif os.path.isdir(os.path.join(name, "train")):
-        train, val = folder(os.path.join(name, "train")), os.path.join(name, "val")
-        parts = [train, folder(val, train.classes) if os.path.isdir(val) else None]
-    elif os.path.exists(name):
-        parts = [folder(name), None]
-    else:
-        near = difflib.get_close_matches(name.lower(), [*IN_MEMORY, *DECODED], 1)
-        raise Problem(f"--data {name} is neither a folder nor a data set's name; " + (
-            f"did you mean {near[0]}?" if near else f"the names are {', '.join([*IN_MEMORY, *DECODED])}"))
-    for part in filter(None, parts):
-        part.pick(slice(limit))
-        part.mean, part.std = parts[0].mean, parts[0].std                                   # what a model is trained with
-    return parts
 
-def load_data(args, run):
-    """→ training and validation set (or None) of --data. They are normalised as the pictures that --init was trained on, where
-    that is known; what a checkpoint has to tell of them is put into args: channels, mean, std."""
-    train, val = run.in_turn(lambda: open_data(args.data, args.root, args.size, args.seed, args.limit))
-    for data in filter(None, (train, val) if getattr(args, "mean", None) else ()):
-        data.mean, data.std = (torch.tensor(numbers)[:, None, None] for numbers in (args.mean, args.std))
-    args.channels, args.mean, args.std = train.channels, train.mean.flatten().tolist(), train.std.flatten().tolist()
-    return train, val
-
-def torchvision_part(name, root, held_out):
-    """→ the training or `held_out` pictures of a torchvision data set, downloaded if need be. Raises Problem if that fails."""
-    split = {"split": SPLITS.get(name, ("train", "test"))[held_out]} if name in {*SPLITS, *DECODED} else {"train": not held_out}
+def torchvision_dataset(name, root, train):
+    """→ torchvision's dataset of this name, downloaded to root if need be. Raises UserError if that fails."""
+    split = SPLITS.get(name, ("train", "test"))[0 if train else 1]
+    options = {"split": split} if name in SPLITS or name in DECODED else {"train": train}
     try:
-        source = getattr(torchvision.datasets, (IN_MEMORY | DECODED)[name])(root, download=True, **split)
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        raise Problem(f"{name} is not whole in {root}, and downloading it failed: {(str(error) or repr(error)).splitlines()[0]}")
+        make = getattr(torchvision.datasets, (IN_MEMORY | DECODED)[name])
+        dataset = make(root, download=True, transform=v2.PILToTensor(), **options)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{name} is not whole in {root}, and downloading it failed: {error}")
     if name in DECODED:
-        paths, labels = zip(*source._samples) if name == "imagenette" else (
-            source._images if name == "pets" else source._image_files, source._labels)
-        return Files(paths, labels, [name if isinstance(name, str) else name[0] for name in source.classes])     # or synonyms
-    images = torch.as_tensor(source.data)
-    images = images[:, None] if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
-    labels = torch.as_tensor(source.targets if hasattr(source, "targets") else source.labels)
-    return Pictures(images.contiguous(), labels.long(), source.classes)
+        return dataset
+    images, labels = zip(*dataset)
+    return Images(torch.stack(images), labels, dataset.classes)
 
-def folder(root, classes=None):
-    """All pictures below a folder, or one file → Files. Sub-folders are classes if there are several and hold all pictures."""
-    kinds = (".jpg", ".jpeg", ".png", ".webp")
-    paths, seen = [root] * (os.path.isfile(root) and root.lower().endswith(kinds)), set()
-    tops = ["."] * len(paths)                                                               # each one's uppermost folder
-    for here, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(here) in seen:                                                  # a link that leads back up
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = sorted(name for name in names if not name.startswith(".") and name.lower().endswith(kinds))
-        paths += [os.path.join(here, name) for name in names]
-        tops += [os.path.relpath(here, root).split(os.sep)[0]] * len(names)                 # "." is none
-    if not paths:
-        raise Problem(f"no .jpg, .jpeg, .png or .webp picture in {root} or below it")
-    names = classes or sorted({*tops} if "." not in tops else ())
-    number = {name: k for k, name in enumerate(names)} if len(names) > 1 else {}
-    if classes and {*tops} - {*number}:
-        lost = next(path for path, top in zip(paths, tops) if top not in number)
-        raise Problem(f"{lost} is in no folder of the training set's classes: {', '.join(classes[:5])} …")
-    return Files(paths, [number.get(top, -1) for top in tops], number)
 
-def crop_weights(start, length, source, size):
-    """Weights (B, size, source) that resample `length` pixels from `start` on, both (B,), to `size` pixels: Keys' cubic with
-    a = −1/2, widened when it shrinks, as in torch's own antialiased bicubic resize."""
-    step = (length / size)[:, None, None]
-    centre = start[:, None, None] + step * (torch.arange(size, device=start.device) + 0.5)[:, None] - 0.5
-    t = ((torch.arange(source, device=start.device) - centre) / step.clamp(min=1)).abs()
-    weights = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, torch.where(t < 2, ((2.5 - 0.5 * t) * t - 4) * t + 2, 0.0))
-    return weights / weights.sum(-1, keepdim=True)
+def labels_of(dataset):
+    """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of
+    labels."""
+    for name in ("targets", "_labels"):                               # torchvision uses both
+        if hasattr(dataset, name):
+            return torch.as_tensor(getattr(dataset, name))
+    return torch.tensor([dataset[i][1] for i in range(len(dataset))])
 
-def random_crops(images, masks, size, scale):
-    """RandomResizedCrop and flip of a whole batch on its device, each picture in its own way: (B, C, H, W) → float (B, C, h, w),
-    and masks, if any, alike. `scale` 1 keeps all of a picture. A crop is two matrix products, for its rows and its columns."""
-    B, _, H, W = images.shape
-    area, aspect, top, left, flip = torch.rand(5, B, device=images.device)
-    area, aspect = H * W * (scale + (1 - scale) * area), (4 / 3) ** (2 * aspect - 1)
-    w = (area / (area / aspect).sqrt().clamp(max=H)).clamp(max=W)                           # (B,) what fits, of this area
-    h = area / w
-    rows, columns = crop_weights(top * (H - h), h, H, size[0]), crop_weights(left * (W - w), w, W, size[1])
-    columns = torch.where((flip < 0.5)[:, None, None], columns.flip(1), columns).transpose(1, 2)
-    masks = None if masks is None else rows @ masks.float() @ columns > 0.5
-    return rows[:, None] @ images.float() @ columns[:, None], masks
 
-def erase(images, probability, area=(0.02, 0.33), aspect=3.3, noise=True):
-    """RandomErasing of a whole batch on its device: images (B, C, H, W) → the same, in which a rectangle, of a share of the area
-    between those two and `aspect` at most, is noise of each pixel's own, or 0, with this probability for each picture."""
-    B, _, H, W = images.shape
-    share, shape, top, left, chance = torch.rand(5, B, 1, 1, 1, device=images.device)
-    share, shape = H * W * (area[0] + (area[1] - area[0]) * share), aspect ** (2 * shape - 1)
-    h, w = (share * shape).sqrt().round().clamp(max=H), (share / shape).sqrt().round().clamp(max=W)
-    top, left = (top * (H - h + 1)).floor(), (left * (W - w + 1)).floor()
-    row, column = torch.arange(H, device=images.device)[:, None], torch.arange(W, device=images.device)
-    inside = (row >= top) & (row < top + h) & (column >= left) & (column < left + w) & (chance < probability)   # (B, 1, H, W)
-    return torch.where(inside, torch.randn_like(images) if noise else 0.0, images)
+def open_data(args):
+    """--data → (training dataset, validation dataset or None). Raises UserError if there is no such data."""
+    if args.data is None:
+        size = min(to_pair(args.size or 64))
+        count, val_count = (min(number, args.limit or number) for number in (20_000, 4_000))
+        return Scenes(count, size, args.seed), Scenes(val_count, size, args.seed, first=1 << 40)
+    if args.data in IN_MEMORY or args.data in DECODED:
+        return [torchvision_dataset(args.data, args.root, train) for train in (True, False)]
+    if not os.path.isdir(args.data):
+        names = ", ".join([*IN_MEMORY, *DECODED])
+        raise UserError(f"--data {args.data} is neither a folder nor one of {names}")
+    if not os.path.isdir(f"{args.data}/train"):
+        return ImageFolder(args.data), None
+    train = ImageFolder(f"{args.data}/train")
+    if not os.path.isdir(f"{args.data}/val"):
+        return train, None
+    return train, ImageFolder(f"{args.data}/val", train.classes)
 
-def seed_of(*numbers):
-    """Whole numbers → one seed, the same in every process and on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
-class Batches:
-    """The pictures of every step, a function of (seed, step, place in the global batch) alone: a run goes on anywhere, and the
-    micro-batches are the same whether one process takes four in turn or four processes take one each. A step takes `times` as
-    many as --batch says; there are `steps`, if that is given, else --epochs epochs. With --crops an epoch still takes every
-    picture once, but in so many crops, so it has as many times the steps. Raises Problem when micro-batches do not divide by
-    --crops."""
+def prepare_data(args, run, train=None, val=None):
+    """→ the training and validation dataset (or None) of --data, or those given. Puts into args what only
+    the data tell: in_chans, size and patch if they are open, mean and std. Raises UserError if images and
+    options do not fit."""
+    if train is None:
+        run.print(f"opening {args.data or 'scenes, drawn by this project'}")
+        if run.local_rank:                                            # one process of a machine downloads
+            dist.barrier()
+        train, val = open_data(args)
+        if run.world > 1 and not run.local_rank:
+            dist.barrier()
+    image, _ = train[0]
+    if not torch.is_tensor(image) or image.ndim != 3:
+        raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
+    args.in_chans = len(image)
 
-    def __init__(self, data, run, size, scale, change=None, times=1, steps=None):
-        crops = run.args.crops
-        if run.micro % crops:
-            raise Problem(f"micro-batches of {run.micro} do not divide by --crops {crops}: change --batch or --micro-batch")
-        self.data, self.run, self.view, self.batches = data, run, (size, scale, change, crops), None
-        self.batch, self.micro = run.args.batch * times // crops, run.micro * times // crops          # different pictures
-        self.per_epoch = max(1, len(data) // self.batch)                                    # a smaller last batch is left out
-        self.steps = steps or run.args.epochs * self.per_epoch
+    # Left open, the size is the images' own, cut to what divides into patches. Files differ in size: they
+    # become squares that this machine can handle.
+    height, width = to_pair(args.size or image.shape[1:])
+    if args.size is None and args.data is not None and not isinstance(train, Images):
+        height = width = min(height, width, 224 if run.device.type == "cuda" else 64)
+    if args.patch is None:                                        # the shorter side: about 12 patches at most
+        args.patch = next((patch for patch in (4, 8) if min(height, width) // patch <= 12), 16)
+    if args.size is None:
+        height, width = height // args.patch * args.patch, width // args.patch * args.patch
+    args.size = (height, width)
 
-    def plan(self, first):
-        """This process's micro-batches from a step on: picture numbers (b,) and a seed for each."""
-        seed, share = self.run.args.seed, self.micro * self.run.accumulate
-        for step in range(first, self.steps):
-            epoch, place = divmod(step, self.per_epoch)
-            if place == 0 or step == first:
-                order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed_of(seed, epoch)))
-            start = place * self.batch + self.run.rank * share
-            for i, index in enumerate(order[torch.arange(start, start + share) % len(order)].split(self.micro)):
-                yield index, seed_of(seed, step, self.run.rank * self.run.accumulate + i)
+    if args.mean is None and hasattr(train, "mean"):
+        args.mean, args.std = train.mean, train.std
+    if args.mean is None or args.std is None:                         # measured over some 500 images
+        pixels = torch.cat([train[i][0].flatten(1).float() for i in spread(len(train), 500)], dim=1)
+        args.mean, args.std = pixels.mean(dim=1).tolist(), pixels.std(dim=1).clamp(min=1).tolist()
+    if len(args.mean) != args.in_chans:
+        raise UserError(f"the images have {args.in_chans} channels; --mean or --init is for {len(args.mean)}")
+    return in_memory(train, run), in_memory(val, run)
 
-    def at(self, step):
-        """Yields this process's micro-batches of a step, as `Pictures.stream` does."""
-        self.batches = self.batches or self.data.stream(self.plan(step), self.run, *self.view)
-        for _ in self.run.each(range(self.run.accumulate)):
-            yield next(self.batches)
 
-def save_sheet(path, rows):
-    """Writes a PNG: under each title in `rows` its uint8 pictures (n, C, H, W) side by side; all rows of one shape."""
+def in_memory(dataset, run, limit=1_000_000_000):
+    """→ a folder of images that are small at --size, read once and for all; any other dataset as it is."""
+    size = run.args.size
+    if not isinstance(dataset, ImageFolder) or max(size) > 96 or 3 * math.prod(size) * len(dataset) > limit:
+        return dataset
+    run.print(f"reading {len(dataset)} images into memory")
+    plan = ((ids, 0) for ids in spread(len(dataset)).split(100))
+    parts = list(file_batches(dataset, plan, run, view_transform(run.args, train=False)))
+    images, labels = (torch.cat(part).cpu() for part in zip(*parts))
+    return Images(images, labels, dataset.classes)
+
+
+def spread(count, limit=None):
+    """→ the numbers (m,) of `limit` of `count` images, evenly spread; of all without a limit."""
+    return torch.linspace(0, count - 1, min(count, limit or count)).round().long()
+
+
+def seed_for(*numbers):
+    """→ one seed made of several whole numbers, the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def training_plan(ids, run, times=1):
+    """Yields (ids (b,), seed) for each micro-batch of this process, from step run.step on.
+
+    Which images a step sees, and the seed of its random numbers, depend only on (--seed, step) and on the
+    place in the global batch. So a run that was killed continues exactly, and two processes see together
+    what one would see. An epoch is a new order of all ids; those at its end that do not fill a batch are
+    left out. times: so many times --batch.
+    """
+    size = run.micro_batch * times
+    for step in range(run.step, run.total_steps):
+        epoch, place = divmod(step, run.steps_per_epoch)
+        generator = torch.Generator().manual_seed(seed_for(run.args.seed, epoch))
+        order = ids[torch.randperm(len(ids), generator=generator)]
+        for i in range(run.accumulate):
+            # The number of this micro-batch among all micro-batches of the epoch, on all processes.
+            turn = (place * run.world + run.rank) * run.accumulate + i
+            chosen = torch.arange(turn * size, (turn + 1) * size) % len(ids)
+            yield order[chosen], seed_for(run.args.seed, epoch, turn)
+
+
+def view_transform(args, train, augment=None):
+    """→ what is done to an image: a random crop and flip for training, then `augment`; for evaluation the
+    centre."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    if train:
+        crop = v2.RandomResizedCrop(args.size, (args.crop, 1.0), interpolation=bicubic)
+        flip = v2.RandomHorizontalFlip(0.5 * args.flip)
+        return v2.Compose([crop, flip, augment or v2.Identity()])
+    # As in the paper, the shorter side becomes 256 pixels for a crop of 224. A 1×20,000 image stays small.
+    side = round(min(args.size) * max(1, 256 / max(224, min(args.size))))
+    return v2.Compose([v2.Resize(side, bicubic, max_size=8 * side), v2.CenterCrop(args.size)])
+
+
+class View(torch.utils.data.Dataset):
+    """A dataset seen through a transform: view[i, seed] → image (C, h, w), label, seed. Random numbers
+    depend on the seed and on i alone, whichever worker process reads the image."""
+
+    def __init__(self, dataset, transform):
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, key):
+        i, seed = key
+        image, label = self.dataset[i]
+        torch.manual_seed(seed_for(seed, i))
+        return self.transform(image), label, seed
+
+
+def ignore_signals(worker):
+    """A terminal's Ctrl-C reaches worker processes too, but the main process wants to save first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def file_batches(dataset, plan, run, transform):
+    """Worker processes read and crop the images of the next batches while the device computes with this
+    one."""
+    loader = torch.utils.data.DataLoader(
+        View(dataset, transform),
+        batch_sampler=([(i, seed) for i in ids.tolist()] for ids, seed in plan),
+        num_workers=run.workers, worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda")
+    for images, labels, seeds in loader:
+        torch.manual_seed(seeds[0].item())
+        yield images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)
+
+
+def memory_batches(dataset, plan, run, transform):
+    """A dataset in memory moves to the device once, as uint8. For speed eight images are cropped at a time,
+    all in the same way [not in the paper]. Foreground masks come along as one more channel."""
+    pixels = dataset.images.to(run.device)
+    if dataset.masks is not None:
+        masks = 255 * dataset.masks[:, None].byte().to(run.device)
+        pixels = torch.cat([pixels, masks], dim=1)
+    targets = dataset.targets.to(run.device)
+    for ids, seed in plan:
+        torch.manual_seed(seed)
+        ids = ids.to(run.device, non_blocking=True)
+        yield torch.cat([transform(part) for part in pixels[ids].split(8)]), targets[ids]
+
+
+def batches(dataset, plan, run, train=False, augment=None):
+    """Yields a batch on the run's device for each (ids (b,), seed) of the plan: images float (b, C, h, w),
+    normalised; labels (b,); foreground masks bool (b, h, w), or None. Torch's random numbers then start at
+    the seed. train: with random crops and flips; augment: uint8 image → uint8 image, after these, in worker
+    processes."""
+    args, channels = run.args, len(run.args.mean)
+    mean = torch.tensor(args.mean, device=run.device)[:, None, None]
+    std = torch.tensor(args.std, device=run.device)[:, None, None]
+    source, transform = file_batches, view_transform(args, train, augment)
+    if isinstance(dataset, Images) and augment is None:
+        source = memory_batches
+        if not train:
+            transform = v2.Resize(args.size)                          # all of the image
+    for images, labels in source(dataset, plan, run, transform):
+        masks = images[:, -1] > 127 if images.shape[1] > channels else None
+        yield (images[:, :channels].float() - mean) / std, labels, masks
+
+
+def to_pixels(images, args):
+    """Normalised images (B, C, H, W) → uint8, on the CPU."""
+    mean, std = torch.tensor(args.mean)[:, None, None], torch.tensor(args.std)[:, None, None]
+    return (images.float().cpu() * std + mean).clamp(0, 255).byte()
+
+
+def save_image_rows(path, rows):
+    """Writes a PNG. rows: {title: uint8 images (n, C, H, W)}, all of one n; each row stands under its
+    title. Of images with other than 1 or 3 channels the first is shown."""
     strips = []
     for title, images in rows.items():
-        images = F.interpolate(images.expand(-1, 3, -1, -1).float(), scale_factor=max(1, 128 // images.shape[-1])).byte().cpu()
-        strip = torch.cat([*F.pad(images, (4, 0, 24, 4), value=255)], dim=2)                # (3, h, w)
-        strip = F.pad(strip, (0, max(0, 8 * max(map(len, rows)) + 8 - strip.shape[2])), value=255)         # room for the titles
-        strips.append(Image.fromarray(strip.permute(1, 2, 0).numpy()))
-        ImageDraw.Draw(strips[-1]).text((4, 4), title, "black", ImageFont.load_default(15))
-    sheet = np.concatenate([np.asarray(strip) for strip in strips])
-    Image.fromarray(sheet).save(path)
+        images = images if images.shape[1] == 3 else images[:, :1]
+        images = F.interpolate(images, scale_factor=max(1, 128 // images.shape[3]))  # small images, larger
+        strip = torchvision.utils.make_grid(images, nrow=len(images), padding=4, pad_value=255)
+        strip = v2.functional.to_pil_image(F.pad(strip, (0, 0, 24, 0), value=255))
+        ImageDraw.Draw(strip).text((4, 4), title, "black", ImageFont.load_default(15))
+        strips.append(np.asarray(strip))
+    Image.fromarray(np.concatenate(strips)).save(path)
 
-# -------------------------------------------------------------------------------------------------------------- checkpoints
 
-def read_checkpoint(path, whole=False):
-    """→ the dictionary in a checkpoint file, on the CPU; runs no code in it. Unless `whole` is asked for, tensors are read when
-    they are used. Raises Problem if there is none or it is broken."""
-    if os.path.isdir(path):
-        raise Problem(f"{path} is a folder: name the checkpoint in it, last.pt say")
-    try:
-        with torch.serialization.safe_globals([Namespace]):                                 # MAE's code saves its options as one
-            lazy = not whole and zipfile.is_zipfile(path)                                   # not so the oldest kind of file
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
-    except FileNotFoundError:
-        raise Problem(f"there is no checkpoint {path}")
-    except Exception as error:                                                              # zip, pickle, end of file …
-        raise Problem(f"{path} is cut off or is no checkpoint ({type(error).__name__})")
-    if not isinstance(saved, dict):
-        raise Problem(f"{path} is no checkpoint: it holds a {type(saved).__name__}")
-    return saved
+# ------------------------------------------------------------------------------------------------------ run
 
-def write_whole(path, write):
-    """Writes a file so that a kill or a full disk leaves the old one: beside it, flushed to the disk, then renamed."""
+def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
+    """The schedule of all four papers: a straight line up to the peak, then half a cosine down to the
+    floor. The first step has 1/warmup_steps of the peak [not in the paper]; in MAE's code it has 0 and
+    changes nothing."""
+    if step < warmup_steps:
+        return peak * min(1.0, (step + 1) / warmup_steps)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def decay_groups(model, weight_decay, lr_scale=lambda name: 1.0):
+    """→ parameter groups for AdamW. Biases, norms, class token, mask token and positions are not decayed
+    [not in the paper: MAE's code spares what has one dimension; its tokens have three, and so are decayed].
+    lr_scale(name) is the part of the learning rate that a parameter gets."""
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
+            key = (0.0 if spared else weight_decay, lr_scale(name))
+            groups.setdefault(key, []).append(parameter)
+    return [dict(params=members, weight_decay=decay, lr_scale=scale)
+            for (decay, scale), members in groups.items()]
+
+
+def write_atomically(path, write):
+    """Calls write(file) so that a kill or a full disk leaves the file before it whole: the new one is
+    written beside it, flushed to the disk, and renamed, which happens completely or not at all."""
     try:
         with open(f"{path}.part", "wb") as file:
             write(file)
@@ -585,628 +901,338 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:
-        if os.path.exists(f"{path}.part"):
-            os.remove(f"{path}.part")
-        raise Problem(f"could not write {path}: {error}" + ("; the one before it is whole" if os.path.exists(path) else ""))
+        raise UserError(f"could not write {path}: {error}; if there was one before, it is whole")
 
-SIGNS = {"encoder": {"patch_embed.proj.weight": 4, "pos_embed": 3},                         # tensors and their dimensions
-         "decoder": {"decoder_embed.weight": 2, "decoder_pos_embed": 3}}
-
-def weights_in(path, part="encoder"):
-    """→ the encoder's or decoder's tensors by name, and the options or {}, from a file of this project, MAE's release or timm."""
-    saved = read_checkpoint(path)
-    args, state = saved.get("args"), next((saved[name] for name in (part, "model", "state_dict")
-                                           if isinstance(saved.get(name), dict)), saved)
-    state = {str(name).removeprefix("module."): value for name, value in state.items() if torch.is_tensor(value)}
-    for name, ndim in SIGNS[part].items():
-        if name not in state or state[name].ndim != ndim:
-            kinds = "this project, MAE's release or timm's VisionTransformer" if part == "encoder" else "pre-training"
-            raise Problem(f"{path} has no {part} of {kinds}: it lacks a {ndim}-dimensional {name}")
-    return state, vars(args) if isinstance(args, Namespace) else args if isinstance(args, dict) else {}
-
-def vit_of(path):
-    """→ what the encoder in a checkpoint is, as `ViT` takes it: size, patch, channels, dim, depth, heads. Where the file does not
-    say, pictures are square and heads as in `VITS`, else 64 wide."""
-    state, args = weights_in(path)
-    (dim, channels, patch, _), places = state["patch_embed.proj.weight"].shape, state["pos_embed"].shape[1] - 1
-    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
-    usual = next((vit["heads"] for vit in VITS.values() if (vit["dim"], vit["depth"]) == (dim, depth)), max(1, dim // 64))
-    return dict(size=args.get("size") or math.isqrt(places) * patch, patch=patch, channels=channels, dim=dim, depth=depth,
-                heads=(args.get("vit") or {}).get("heads", usual))
-
-def decoder_of(path):
-    """→ what the decoder in a checkpoint is, as `Decoder` takes it: dim, depth, heads (16 where the file does not say)."""
-    state, args = weights_in(path, "decoder")
-    depth = len({name.split(".")[1] for name in state if name.startswith("decoder_blocks.")})
-    return dict(dim=len(state["decoder_embed.weight"]), depth=depth, heads=args.get("decoder_heads", 16))
-
-def fill(module, state, path, table, grid, args, free):
-    """Puts tensors into a module; resizes its position `table` to `grid`, as MAE does for other sizes; → what was done."""
-    own, told, places = module.state_dict(), [], state[table].shape[1] - 1
-    old = grid_of(pair(args["size"]), args["patch"]) if "size" in args and "patch" in args else (math.isqrt(places),) * 2
-    if old[0] * old[1] != places and places != grid[0] * grid[1]:
-        raise Problem(f"{path} has {places} positions beside the class token's, not a square of them: these cannot be resized")
-    if old[0] * old[1] == places and old != tuple(grid):                                    # else taken to be the same oblong
-        square = state[table][:, 1:].unflatten(1, old).permute(0, 3, 1, 2).float()          # (1, D, h, w)
-        square = F.interpolate(square, grid, mode="bicubic").flatten(2).transpose(1, 2)
-        state = state | {table: torch.cat([state[table][:, :1], square], dim=1)}
-        told = [f"positions resized from {old[0]}×{old[1]} to {grid[0]}×{grid[1]}"]
-    fits = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
-    for verb, names in (("left out", state.keys() - fits), ("new", own.keys() - fits)):
-        if strange := sorted(name for name in names if not name.startswith(free)):
-            raise Problem(f"{path} does not fit this model: {verb} would be {', '.join(strange[:4])} …")
-        told += [f"{verb}: {', '.join(sorted({name.split('.')[0] for name in names}))}"] * bool(names)
-    module.load_state_dict(fits, strict=False)
-    return "; ".join([f"{len(fits)} tensors from {path}", *told])
-
-def load_encoder(vit, path):
-    """Fills a ViT from a checkpoint of this project (any method), of MAE's release or of timm. → a line that says what was left
-    out, what keeps its fresh start (a head of other size, say), and whether positions were resized. Raises Problem when the
-    file is none of these, or its encoder has another patch, channel count, width, depth or number of heads."""
-    state, args = weights_in(path)
-    there, here = vit_of(path), dict(patch=vit.patch, channels=vit.channels, dim=vit.dim, depth=len(vit.blocks),
-                                     heads=vit.blocks[0].attn.heads)
-    if wrong := [name for name in here if here[name] != there[name] and (name != "heads" or "vit" in args)]:
-        raise Problem(f"{path} holds an encoder with " + ", ".join(f"{name} {there[name]} (here {here[name]})" for name in wrong)
-                      + "; it wants " + ", ".join(f"{name} {value}" for name, value in there.items() if name != "size"))
-    return fill(vit, state, path, "pos_embed", vit.grid, args, ("head.", "norm.", "fc_norm.", "decoder_", "mask_token"))
-
-def load_decoder(decoder, path):
-    """The same for a decoder; its encoder's weights in the same file are left out. Its blocks, width and patch must agree."""
-    state, args = weights_in(path, "decoder")
-    state = {name: value for name, value in state.items() if name.startswith(("decoder_", "mask_token"))}
-    return fill(decoder, state, path, "decoder_pos_embed", decoder.grid, args, ())
-
-# --------------------------------------------------------------------------------------------------------------------- run
-
-def shared_options(script, description, paper=None):
-    """→ a parser with the options that mean the same in all scripts, and a way to add a script's own to each of its groups. Their
-    help names MAE's values, or those of `paper`."""
-    usual = dict(epochs=800, batch=4096, lr=1.5e-4, warmup=40, weight_decay=0.05, decayed="weight matrices", crop=0.2,
-                 model="base", decoder_dim=512, decoder_depth=8, decoder_heads=16) | (paper or {})
-    parser = ArgumentParser(script, description=f"{description} What is left out comes from a preset: scenes (no --data), small "
-                            "(torchvision's small sets) or imagenet. In brackets: the paper's value, or the default.")
-    add = {name: parser.add_argument_group(name).add_argument for name in ("data", "model", "training", "run")}
-    add["data"]("--data", type=lambda name: name.rstrip("/") or name,
-                help="a torchvision name (fashion-mnist, cifar10, stl10, imagenette …) or a folder; left out: scenes")
-    add["data"]("--root", default="data", help="folder that torchvision downloads to (data)")
-    add["data"]("--limit", type=int, help="only the first so many pictures, for a quick try")
-    add["data"]("--size", type=int, help="side of the pictures in pixels (224)")
-    add["data"]("--crop", type=float, help=f"smallest share of a picture's area that a crop takes, 1: no crops ({usual['crop']})")
-    add["data"]("--crops", type=int, default=1, help="crops of each decoded picture: so many times the samples (1)")
-    add["data"]("--workers", type=int, help="processes that decode pictures, for each training process (its cores, at most 16)")
-    add["model"]("--model", choices=VITS, help="size of the encoder ({model})".format(**usual))
-    add["model"]("--patch", type=int, help="side of a patch in pixels (16, huge 14; pictures below 104 pixels 8, below 52 4)")
-    add["model"]("--decoder-dim", type=int, help="width of the decoder ({decoder_dim})".format(**usual))
-    add["model"]("--decoder-depth", type=int, help="blocks of the decoder ({decoder_depth})".format(**usual))
-    add["model"]("--decoder-heads", type=int, help="attention heads of the decoder ({decoder_heads})".format(**usual))
-    add["training"]("--epochs", type=int, help=f"times that every picture is seen ({usual['epochs']})")
-    add["training"]("--batch", type=int, help=f"pictures a step, over all processes together ({usual['batch']})")
-    add["training"]("--micro-batch", type=int, help="pictures a process takes at once; gradients add up (at most 256)")
-    add["training"]("--lr", type=float, help="peak learning rate for a batch of 256; × batch / 256 ({lr:g})".format(**usual))
-    add["training"]("--warmup", type=float, help=f"epochs of linear warm-up ({usual['warmup']})")
-    add["training"]("--weight-decay", type=float, default=0.05, help="of {decayed} ({weight_decay:g})".format(**usual))
-    add["training"]("--seed", type=int, default=0, help="decides weights, order, crops and masks (0)")
-    add["run"]("--out", help="folder for last.pt, log.jsonl, args.json and pictures (runs/SCRIPT, with --task runs/SCRIPT-TASK)")
-    add["run"]("--resume", action="store_true", help="go on from OUT/last.pt, with its options where none are given")
-    add["run"]("--overwrite", action="store_true", help="start again in a folder that holds a run")
-    add["run"]("--save-every", type=float, default=30.0, help="seconds between checkpoints, at least (30)")
-    add["run"]("--checkpoint-blocks", action=BooleanOptionalAction, default=False, help="less memory: a transformer's blocks are "
-               "computed again in the backward pass (off)")
-    add["run"]("--device", help="cuda, cpu … (cuda if there is one)")
-    add["run"]("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (bf16 on GPUs that have it; CPUs fp32)")
-    add["run"]("--compile", action=BooleanOptionalAction, help="torch.compile the model (on GPUs)")
-    return parser, add
-
-def settings(parser, preset, arguments=None, only=()):
-    """Parses the command line. What it leaves open comes from the run to resume, else from `preset(args, kind)`, a dictionary for
-    the kind of data: scenes, small or imagenet. `--out` is runs/<script>, and with a --task runs/<script>-<task>. `only` names
-    options that do something only with some values of another, (that one, its values, their names), and else are refused."""
-    def refuse(message):
-        raise Problem(f"{message} (--help lists the options)")
-
-    parser.error = refuse
-    args = parser.parse_args(arguments)
-    task, usual, script = getattr(args, "task", ""), parser.get_default("task") or "", os.path.splitext(parser.prog)[0]
-    out = os.path.normpath(args.out or f"runs/{script}" + f"-{task}" * (task != usual) + "-eval" * getattr(args, "eval", False))
-    if args.resume and args.overwrite:
-        refuse("--resume goes on with a run and --overwrite drops it: give one of them")
-    old = {}
-    if args.resume and os.path.exists(f"{out}/last.pt"):
-        old = read_checkpoint(f"{out}/last.pt").get("args", {})
-    elif args.resume and os.path.exists(f"{out}/args.json"):                                # stopped before its first checkpoint
-        try:
-            with open(f"{out}/args.json") as file:
-                old = json.load(file)
-        except ValueError:
-            refuse(f"{out}/args.json is cut off: start again with --overwrite")
-    if old.get("script", script) != script:
-        refuse(f"{out} holds a run of {old['script']}.py: name another --out")
-    if old:
-        parser.set_defaults(**{name: value for name, value in old.items() if name not in ("resume", "overwrite", "out")})
-        args = parser.parse_args(arguments)
-        for name in ("task", "init", "data", "limit", "labels", "size", "batch", "crops", "seed", "weight_decay", "layer_decay",
-                     "imbalance", "unlabelled", "held_out"):
-            was, now = parser.get_default(name), getattr(args, name, None)
-            if now != was:
-                refuse(f"the run to resume has --{name.replace('_', '-')} {was}, not {now}: leave it out")
-    for option, values, names in only:
-        for name in names.split() if not {*str(getattr(args, option)).split("+")} & {*values.split()} else ():
-            if getattr(args, name) != parser.get_default(name):
-                goes = f"with --{option} " + " or ".join(values.split()).replace("True", "")
-                refuse(f"--{name.replace('_', '-')} does nothing here: it goes "
-                       + (f"without --{option}" if values == "None" else goes.rstrip()))
-    kind = "scenes" if args.data is None else "small" if args.data in IN_MEMORY else "imagenet"
-    given = {name: value for name, value in vars(args).items() if value is not None} | dict(out=out, script=script)
-    args = Namespace(**vars(args) | ({} if old else preset(args, kind)) | given)
-    least = dict(limit=1, crops=1, size=1, patch=1, epochs=1, batch=1, micro_batch=1, decoder_dim=4, decoder_heads=1,
-                 decoder_depth=0, labels=1, train_blocks=0, workers=0, seed=0, lr=0, min_lr=0, warmup=0, weight_decay=0,
-                 save_every=0, bank=0, mixup=0, cutmix=0, contrastive_weight=0, adversarial_weight=0, mask_factor=0,
-                 prior_epochs=1, augmentor_epochs=1, imbalance=1, unlabelled=1, held_out=1, ways=2, queries=1, episodes=2,
-                 copies=0)
-    if not 0 <= (getattr(args, "randaugment", None) or 0) <= 10:
-        refuse(f"--randaugment must lie between 0 and 10, not {args.randaugment}")
-    read = [getattr(args, name, None) for name in ("init", "prior", "augmentor")]
-    for path in filter(None, [*read, *getattr(args, "compare", [])]):
-        if args.overwrite and os.path.dirname(os.path.realpath(path)) == os.path.realpath(out):
-            refuse(f"--overwrite would remove {path}: name another --out")
-    shares = ("crop", "layer_decay", "drop_path", "label_smoothing", "erasing", "apply", "threshold", "ema")
-    for name, value in vars(args).items():
-        if name in least and value is not None and not least[name] <= value < 2 ** 63:
-            refuse(f"--{name.replace('_', '-')} must be at least {least[name]} and finite, not {value}")
-        if name in shares and value is not None and not 0 <= value <= 1 or name == "crop" and value == 0:
-            refuse(f"--{name.replace('_', '-')} must lie between 0 and 1, not {value}")
-    return args
-
-def fit(args):
-    """→ args with the size, patch and width that the options leave open. Raises Problem for a patch larger than the picture."""
-    args.size = args.size or {"stl10": 96}.get(args.data, 32 if "cifar" in args.data else 28)
-    if args.model:                                                                          # else `vit` came from a checkpoint
-        args.vit = {part: VITS[args.model][part] for part in ("dim", "depth", "heads")}
-        args.patch = args.patch or next((p for p in (4, 8) if args.size // p <= 12), VITS[args.model]["patch"])
-    if args.patch > args.size:
-        raise Problem(f"--patch {args.patch} is larger than the pictures, {args.size} pixels")
-    return args
-
-def check_ratio(args):
-    """Raises Problem unless --mask-ratio leaves some patches visible and hides some."""
-    places = math.prod(grid_of(pair(args.size), args.patch))
-    if not (0 < args.mask_ratio < 1 and 0 < visible(places, args.mask_ratio) < places):
-        raise Problem(f"--mask-ratio {args.mask_ratio} must lie between 0 and 1, leave one of the {places} patches visible and "
-                      "hide one")
-
-def build(args, attention=Attention):
-    """→ encoder and decoder as the options say, with the weights that --seed gives."""
-    torch.manual_seed(args.seed)
-    encoder = ViT(args.size, args.patch, args.channels, **args.vit, attention=attention)
-    return encoder, Decoder(encoder, args.decoder_dim, args.decoder_depth, args.decoder_heads)
-
-def schedule(step, warmup, total):
-    """Share of the peak learning rate at a step: up in a straight line over `warmup` steps, then down half a cosine to 0."""
-    if step < warmup:
-        return min(1.0, (step + 1) / warmup)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-def adamw(model, weight_decay, betas=(0.9, 0.95), layer_decay=1.0):
-    """Fused AdamW that does not decay biases, norms, tokens and positions. (MAE's released code spares what is 1-D, so it does
-    decay its tokens, which are 3-D.) With `layer_decay` a ViT's earlier layers learn more slowly: embeddings and tokens are layer
-    0, block k is k + 1, norm and head depth + 1, and a layer's rate is layer_decay ** (depth + 1 − layer) of the full one."""
-    groups, top = {}, len(getattr(model, "blocks", ())) + 1
-    for name, p in model.named_parameters():
-        layer = (int(name.split(".")[1]) + 1 if name.startswith("blocks.") else
-                 0 if name.startswith(("patch_embed", "cls_token", "pos_embed")) else top)
-        spared = p.ndim < 2 or name.endswith(("_token", "pos_embed"))
-        if p.requires_grad:
-            groups.setdefault((layer, spared), dict(params=[], lr_scale=layer_decay ** (top - layer),
-                                                    weight_decay=0.0 if spared else weight_decay))["params"].append(p)
-    return torch.optim.AdamW(groups.values(), lr=0.0, betas=betas, fused=True)
 
 class Run:
-    """What a training loop needs around it: processes, device, precision, learning rate, log, checkpoints. The loop stays the
-    script's. Reads from `args`: out resume overwrite device precision compile checkpoint_blocks size batch micro_batch epochs lr
-    min_lr (if there is one) warmup workers save_every. Raises Problem when these do not fit together, or when the folder holds
-    a run already."""
+    """What a training loop needs around it: device, processes, precision, output folder, log, checkpoints.
+    The loop stays the script's. Raises UserError if the options do not fit the machine or each other, or if
+    the folder holds a run."""
 
     def __init__(self, args):
-        env = lambda name, default: int(os.environ.get(name, default))                      # torchrun's
-        self.args, self.out, self.rank, self.world = args, args.out, env("RANK", 0), env("WORLD_SIZE", 1)
-        self.local, here, gpus = env("LOCAL_RANK", 0), env("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
-        kind = args.device or ("cuda" if gpus else "cpu")
-        if ":" in kind:
-            raise Problem(f"--device {kind}: say {kind.split(':')[0]}; CUDA_VISIBLE_DEVICES picks among GPUs")
-        if kind == "cuda" and here > gpus:
-            raise Problem(f"{here} process(es) for {gpus} GPU(s): lower --nproc_per_node, or use --device cpu")
-        try:
-            if kind not in ("cpu", "cuda", "mps", "xpu"):
-                raise RuntimeError
-            self.device = torch.empty(0, device=f"cuda:{self.local}" if kind == "cuda" else kind).device
-        except (RuntimeError, AssertionError, NotImplementedError):
-            raise Problem(f"there is no device {kind} here: leave --device out, or say cuda or cpu")
-        if kind == "cuda":
+        # torchrun starts a script several times; these variables tell each process which one it is.
+        self.args = args
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        precision, backend = "fp32", "gloo"
+        if self.device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(f"there is no GPU number {self.local_rank}: fewer processes, or --device cpu")
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")                                      # TF32 where it is fp32
+            torch.set_float32_matmul_precision("high")                # TF32 for what stays float32
+            # bf16 has the range of float32. fp16 has not: small gradients vanish in it unless they are
+            # scaled.
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            backend = "cpu:gloo,cuda:nccl"
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timedelta(hours=2))
-        best = "fp32" if kind != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        self.precision, self.workers = args.precision or best, args.workers
-        self.scaler = torch.amp.GradScaler(kind, enabled=self.precision == "fp16")
-        if self.workers is None:
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            self.workers = min(16, cores // here)
-        share, rest = divmod(args.batch, self.world)
-        if rest:
-            raise Problem(f"--batch {args.batch} is for all processes together and does not divide among {self.world} processes")
-        most = max(1, min(share, 256 // getattr(args, "views", 1)))                         # FixMatch's bring others with them
-        self.micro = args.micro_batch or max(m for m in range(1, most + 1) if share % m == 0)
-        self.accumulate = share // self.micro
-        if self.accumulate * self.micro != share:
-            raise Problem(f"--batch {args.batch} is {share} pictures a process, which --micro-batch {self.micro} does not divide")
-        self.step, self.seconds, self.stop, self.sums, self.notes, self.kept, self.wrapped = 0, 0.0, 0, {}, {}, {}, []
-        self.data = None
-        if self.rank == 0:
-            self.claim()
-        args.resume = args.resume and os.path.exists(f"{self.out}/last.pt")                 # else from the start, as it was meant
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+        precision = args.precision or precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.workers = args.workers
+        if args.workers is None:
+            self.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
-    def claim(self):
-        """Raises Problem when the folder holds a run that is neither to be resumed nor overwritten."""
-        there = [name for name in ("last.pt", "best.pt", "log.jsonl", "args.json") if os.path.exists(f"{self.out}/{name}")]
-        if self.args.resume and "last.pt" not in there and there != ["args.json"]:
-            raise Problem(f"nothing to resume: there is no {self.out}/last.pt")
-        if there and not (self.args.resume or self.args.overwrite):
-            raise Problem(f"{self.out} holds a run: " + "go on with --resume, " * ("last.pt" in there or there == ["args.json"])
-                          + "start again with --overwrite, or name another --out")
-        if os.path.exists(self.out) and not os.path.isdir(self.out):
-            raise Problem(f"--out {self.out} is a file: name a folder")
-        os.makedirs(self.out, exist_ok=True)
+        # --batch images a step, over all processes. Each takes its part in micro-batches; gradients add up.
+        part = args.batch // self.world
+        divisors = [size for size in range(1, min(part, 256) + 1) if part % size == 0]
+        self.micro_batch = args.micro_batch or max(divisors, default=1)
+        self.accumulate = part // self.micro_batch
+        if self.world * self.accumulate * self.micro_batch != args.batch:
+            raise UserError(f"--batch {args.batch} does not divide into {self.world} × micro-batches")
+        if os.path.exists(f"{args.out}/args.json") and not args.resume and not args.overwrite:
+            raise UserError(f"{args.out} holds a run: --resume continues it, --overwrite replaces it")
+        self.step, self.seconds, self.signal = 0, 0.0, 0
+        self.sums, self.numbers, self.history = {}, {}, []
 
-    def in_turn(self, make):
-        """→ make(), called on each machine by one process before the others: it may download or write something."""
-        if self.local:
-            dist.barrier()
-        made = make()
-        if self.world > 1 and not self.local:
-            dist.barrier()
-        return made
-
-    def say(self, text, **how):
-        """Prints, from process 0 alone."""
-        if self.rank == 0:
-            print(text, flush=True, **how)
-
-    def note(self, **values):
-        """Adds values to the epoch's line in log.jsonl as they are."""
-        self.notes |= values
-
-    def aside(self, work):
-        """→ work(), whose time does not count in images_per_s."""
-        start = time.time()
-        done = work()
-        self.mark = (self.mark[0] + time.time() - start, self.mark[1])
-        return done
-
-    def write(self, **record):
-        """Appends one JSON object to log.jsonl, from process 0 alone."""
-        if self.rank == 0:
-            with open(f"{self.out}/log.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def introduce(self, model, data):
-        """Says what is about to be trained, on what and how."""
-        learns, self.data = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6, data
-        self.say(f"{learns:.3g} M parameters learn from {len(data)} pictures of {self.args.size} pixels a side on {self.world} × "
-                 f"{self.device.type} in {self.precision}, batches of {self.world} × {self.accumulate} × {self.micro}")
-        if len(data) < self.args.batch:
-            self.say(f"--batch {self.args.batch} is more than there are pictures, each is seen several times a step: try a "
-                     "smaller one")
-        if self.args.warmup >= self.args.epochs:
-            self.say(f"--warmup {self.args.warmup:g} epochs are all of {self.args.epochs}: the learning rate only rises")
-
-    def put(self, name, **things):
-        """Writes things to OUT/name, from process 0 alone."""
-        if self.rank == 0:
-            write_whole(f"{self.out}/{name}", lambda file: torch.save(things, file))
-
-    def autocast(self):
-        kind = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, kind, enabled=self.precision != "fp32")
+    def print(self, text):
+        """Prints, from process 0 alone. A closed terminal or pipe does not end the run."""
+        try:
+            if self.rank == 0:
+                print(text, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")
 
     def wrap(self, model):
-        """Moves a model to the device, compiles it in place (names stay) and, if it learns, wraps it in DDP under torchrun."""
+        """Moves a model to the device, compiles it, and under torchrun wraps it in DDP, which averages
+        gradients."""
         model.to(self.device)
-        for part in model.modules() if self.args.checkpoint_blocks else ():
-            if isinstance(part, Block):
-                part.again = True
+        for module in model.modules():
+            # Keep only a block's input; the backward pass computes the rest once more.
+            if self.args.checkpoint_blocks and isinstance(module, Block):
+                module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
         if self.args.compile or (self.args.compile is None and self.device.type == "cuda"):
-            torch._dynamo.config.recompile_limit = 64                                       # which counts all models together
-            # blocks may note something for the log, to no harm also when they are computed again
-            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+            self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
-        if self.world > 1 and any(p.requires_grad for p in model.parameters()):
-            model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-            self.wrapped.append(model)
+        if self.world > 1 and any(parameter.requires_grad for parameter in model.parameters()):
+            return nn.parallel.DistributedDataParallel(model)
         return model
 
-    def keep(self, **things):
-        """Names what a checkpoint holds: models and optimizers. With --resume they are read back here; without, what an older run
-        left in the folder goes now, when nothing can be refused any more."""
-        self.kept = things | ({"scaler": self.scaler} if self.scaler.is_enabled() else {})
-        if self.args.resume:
-            saved = read_checkpoint(f"{self.out}/last.pt", whole=True)
-            try:
-                for name, thing in self.kept.items():
-                    if name != "scaler" or name in saved:                                   # it was another precision then
-                        thing.load_state_dict(saved[name])
-                self.step, self.seconds, sums = saved["step"], saved["seconds"], saved["sums"]
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-                raise Problem(f"{self.out}/last.pt does not fit this model: {' '.join(str(error).split())[:180]}")
-            self.sums = {name: value.to(self.device) for name, value in sums.items()}
-        self.begin()
-
-    def begin(self):
-        """From here on the folder is this run's: writes args.json and, without --resume, removes what an older run left."""
-        for name in ("last.pt", "best.pt", "log.jsonl") if self.rank == 0 and not self.args.resume else ():
-            if os.path.exists(f"{self.out}/{name}"):
-                os.remove(f"{self.out}/{name}")
+    def start(self, count=0, **parts):
+        """Begins or, with --resume, continues a run that trains on `count` images. parts: the modules and
+        optimizers that make up a checkpoint, OUT/last.pt. From here on the folder belongs to this run."""
+        args, self.parts = self.args, parts
+        self.steps_per_epoch = max(1, count // args.batch)
+        if args.epochs is None:                                      # the preset says how many steps it takes
+            args.epochs = math.ceil(args.updates / self.steps_per_epoch)
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.warmup_steps = self.total_steps / 10
+        if args.warmup is not None:
+            self.warmup_steps = args.warmup * self.steps_per_epoch
+        if args.resume:
+            saved = read_checkpoint(f"{args.out}/last.pt")
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
+            self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
         if self.rank == 0:
-            write_whole(f"{self.out}/args.json", lambda file: file.write(json.dumps(vars(self.args), indent=1).encode()))
+            self.claim_folder()
+        if count:
+            peak = args.lr * args.batch / 256
+            self.print(f"{count} images, {self.total_steps} steps of {args.batch} on {self.world} × {self.device}; "
+                       f"peak learning rate --lr × batch / 256 = {peak:.2g}")
+        if count and self.total_steps < 300:
+            self.print("fewer than 300 steps: enough for a try, too few to judge the method by")
 
-    def prepare(self, first, result, names, make):
-        """Sees to it that another run, with the options `first`, has left the file `result` in its folder: make(first) starts it,
-        or goes on with it. → the file's path. Raises Problem when what is there was made with others of these options (`names`),
-        unless --overwrite drops the folder with this run's own; a run that is resumed takes what there is."""
-        first.resume = False
-        for path in (f"{first.out}/{result}", f"{first.out}/last.pt"):
-            if os.path.exists(path):
-                old = read_checkpoint(path).get("args", {})
-                wrong = [name for name in names if name in old and old[name] != getattr(first, name)]
-                if wrong and not (self.args.resume or self.args.overwrite and first.out.startswith(f"{self.out}{os.sep}")):
-                    raise Problem(f"{first.out} holds a run with another {', '.join(wrong)}: remove it, or name another --out")
-                if not wrong or self.args.resume:
-                    if path.endswith(result):
-                        if wrong:
-                            self.say(f"{path} is taken as it is, made with another {', '.join(wrong)}")
-                        return path
-                    first.resume = True
-                    break
-        first.overwrite = not first.resume
-        self.begin()
-        if self.world > 1:
-            dist.barrier()                                                                  # all have seen what there is
-        make(first)
-        if self.world > 1:
-            dist.barrier()                                                                  # it is written
-        return f"{first.out}/{result}"
+    def claim_folder(self):
+        """Removes what an older run left, and writes OUT/args.json: options, versions, device and commit."""
+        folder = pathlib.Path(self.args.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("args.json", "last.pt", "best.pt", "log.jsonl"):
+            if name == "args.json" or not self.args.resume:
+                (folder / name).unlink(missing_ok=True)
+        code = pathlib.Path(__file__).parent
+        git = subprocess.run(["git", "-C", code, "rev-parse", "HEAD"], capture_output=True, text=True)
+        made_with = dict(
+            torch=torch.__version__, cuda=torch.version.cuda, python=sys.version, commit=git.stdout.strip(),
+            device_name=platform.machine())
+        if self.device.type == "cuda":
+            made_with["device_name"] = torch.cuda.get_device_name()
+        with open(folder / "args.json", "x") as file:                 # x: of two runs at once, one fails here
+            json.dump(vars(self.args) | made_with, file, indent=1)
 
-    def steps(self, per_epoch):
-        """Yields the steps still to do. Between them: log, progress line, checkpoints. SIGTERM and Ctrl-C save, then stop."""
-        self.per_epoch, self.total, self.start = per_epoch, self.args.epochs * per_epoch, time.time()
-        self.mark, self.look, self.due = (self.start, self.step), self.step, self.start + self.args.save_every
-        if self.rank == 0 and os.path.exists(log := f"{self.out}/log.jsonl"):               # a killed run may have logged further
-            whole = [line for line in open(log) if line.endswith("}\n") and '"loss"' in line]
-            lines = [line for line in whole if json.loads(line)["step"] <= self.step]
-            write_whole(log, lambda file: file.write("".join(lines).encode()))
+    def log(self, **values):
+        """Values for the epoch's line in log.jsonl: of tensors the mean over the epoch's micro-batches,
+        without waiting for the device; numbers as they are."""
+        for name, value in values.items():
+            if torch.is_tensor(value):
+                self.sums[name] = self.sums.get(name, 0) + value.detach().float() / self.accumulate
+            else:
+                self.numbers[name] = value
 
-        def asked(number, frame, patience=2):
-            if not self.stop:
-                self.stop, self.asked = number, time.monotonic()
-                self.say("\nsaving after this step, then stopping; a second time stops at once")
-            elif time.monotonic() > self.asked + patience:                                  # a scheduler and torchrun may both
-                raise KeyboardInterrupt                                                     # send what was meant as one
+    def write_log(self, **values):
+        """Adds a line to OUT/log.jsonl. The whole log is a part of every checkpoint, so a resumed run goes
+        on with it."""
+        self.history.append(values)
+        if self.rank == 0:
+            with open(f"{self.args.out}/log.jsonl", "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in self.history)
 
-        before = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    def save(self, name, **values):
+        """Writes a checkpoint OUT/name, from process 0 alone."""
+        if self.rank == 0:
+            values["args"] = vars(self.args)
+            write_atomically(f"{self.args.out}/{name}", lambda file: torch.save(values, file))
+
+    def steps(self):
+        """Yields the numbers of the steps still to do. Between two steps it prints, logs and saves. After
+        SIGTERM, SIGHUP or Ctrl-C it saves and stops when the step is done; a second Ctrl-C stops at
+        once."""
+        def stop(number, frame):
+            if self.signal and number == signal.SIGINT and time.monotonic() > self.asked_at + 1:
+                raise KeyboardInterrupt
+            if not self.signal:
+                self.signal, self.asked_at = number, time.monotonic()
+                self.print("stopping after this step; Ctrl-C again stops at once, without saving")
+
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        handlers = [signal.signal(number, stop) for number in numbers]
+        self.began = self.saved_at = self.mark_time = time.monotonic()
+        self.printed_at = self.began - 7
+        self.mark_step, self.next_look, self.save_every = self.step, self.step, 30
         try:
-            while self.step < self.total:
+            while self.step < self.total_steps:
                 yield self.step
                 self.step += 1
                 self.after_step()
-            if broken := getattr(self.data, "broken", None):
-                self.say(f"{len(broken)} unreadable pictures were replaced by their neighbours")
         finally:
-            for number, handler in before.items():
+            for number, handler in zip(numbers, handlers):
                 signal.signal(number, handler)
 
+    def ends_epoch(self, step, cost):
+        """→ whether to evaluate `cost` images after this step: at the end of an epoch, or of several if
+        they are short."""
+        epochs = math.ceil(cost / (self.steps_per_epoch * self.args.batch))
+        return (step + 1) % (epochs * self.steps_per_epoch) == 0 or step + 1 == self.total_steps
+
     def after_step(self):
-        """Log, progress and checkpoint: it looks at step `look`, about a second later, saves when it is `due`, and measures speed
-        since `mark`, (time, step) at the epoch's start. A stop that was asked for raises SystemExit with 128 + the signal."""
-        if self.scaler.is_enabled():
-            self.scaler.update()
-        ends, done, now = self.step % self.per_epoch == 0, (self.step - 1) % self.per_epoch + 1, time.time()
-        if not ends and self.step < self.look:
+        # About once a second, and at an epoch's end, the processes put together what each knows, so that
+        # all decide alike: the loss, the seconds a step takes, whether someone was told to stop, the
+        # seconds since saving.
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if self.step < self.next_look and not ends_epoch:
             return
-        # About once a second and at an epoch's end the processes put together what they know, so that all decide alike.
-        pace = (now - self.mark[0]) / (self.step - self.mark[1])                            # seconds a step
-        due = self.rank == 0 and now > self.due                                             # it alone knows how long saving took
-        facts = torch.tensor([self.sums["loss"].item() / done, pace, self.stop, due])
+        now = time.monotonic()
+        done = (self.step - 1) % self.steps_per_epoch + 1             # steps of this epoch
+        means = {name: (value / done).tolist() for name, value in self.sums.items()}
+        pace = (now - self.mark_time) / (self.step - self.mark_step)
+        facts = torch.tensor([means["loss"], pace, self.signal, now - self.saved_at]) / self.world
         if self.world > 1:
             dist.all_reduce(facts)
-        loss, pace, stop, due = (facts / self.world).tolist()
-        self.look = self.step + max(1, round(1 / pace))
-        if not math.isfinite(loss):
-            raise Problem(f"the loss is {loss} at step {self.step}: try a lower --lr, a longer --warmup or --precision fp32; "
-                          f"{self.out}/last.pt, if there is one, is from before")
-        speed, left, shown = self.args.batch / pace, round((self.total - self.step) * pace), sys.stdout.isatty()
-        if ends or shown:
-            line = (f"epoch {self.step / self.per_epoch:.{0 if ends else 1}f}/{self.args.epochs}  step {self.step}/{self.total}  "
-                    f"loss {loss:.4f}  lr {self.lr:.1e}  {speed:.0f} images/s  "
-                    f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left" + "".join(
-                        f"  {name} {value:.3f}" for name, value in self.notes.items() if isinstance(value, float)))
-            self.say("\r" + f"{line}  "[:os.get_terminal_size().columns - 1] if shown else line, end="\n" if ends else "")
-        if ends or stop or due:                                                             # what is saved is the mean of all
-            for value in self.sums.values() if self.world > 1 else ():
-                dist.all_reduce(value.div_(self.world))
-        if ends:
-            self.write(step=self.step, epoch=self.step // self.per_epoch,
-                       **{name: (value / done).tolist() for name, value in self.sums.items()},
-                       **self.notes, lr=self.lr, images_per_s=round(speed, 1), seconds=round(self.seconds + now - self.start, 1))
-            self.sums, self.notes, self.mark = {}, {}, (now, self.step)
-        if stop or due or self.step == self.total:
-            self.save()
+        means["loss"], pace, stop, unsaved = facts.tolist()
+        self.next_look = self.step + max(1, round(1 / pace))
+        if not math.isfinite(means["loss"]):
+            raise UserError(f"the loss is {means['loss']} at step {self.step}: try a lower --lr, a longer "
+                            f"--warmup or --precision fp32. {self.args.out}/last.pt is from before")
+
+        last = self.step == self.total_steps
+        seconds = self.seconds + now - self.began
+        if last or now > self.printed_at + (2 if ends_epoch else 10):
+            self.printed_at = now
+            numbers = "  ".join(f"{name} {value:.3g}" for name, value in self.numbers.items())
+            left = timedelta(seconds=round(pace * (self.total_steps - self.step)))
+            self.print(f"epoch {self.step / self.steps_per_epoch:.1f}/{self.args.epochs}  "
+                       f"step {self.step}/{self.total_steps}  loss {means['loss']:.4f}  {numbers}  "
+                       f"{self.args.batch / pace:.0f} images/s  {left} left")
+        if ends_epoch:
+            self.write_log(
+                step=self.step, epoch=self.step // self.steps_per_epoch, **means, **self.numbers,
+                images_per_s=round(self.args.batch / pace, 1), seconds=round(seconds, 1))
+            self.sums, self.numbers, self.mark_time, self.mark_step = {}, {}, now, self.step
+        if stop or last or unsaved > self.save_every:
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
+            self.save(
+                "last.pt", **parts, step=self.step, seconds=seconds, sums=self.sums, history=self.history)
+            self.saved_at = time.monotonic()
+            self.save_every = max(30, 50 * (self.saved_at - now))     # saving takes 2 % of the time at most
         if stop:
-            self.say(f"stopped and saved at step {self.step} of {self.total}; the same command with --resume goes on")
-            if self.world > 1:
-                dist.all_reduce(facts)                                                      # none leaves before all is written
-            raise SystemExit(128 + (self.stop or signal.SIGTERM))
+            self.print(f"stopped and saved at step {self.step}: the same command with --resume goes on")
+            raise SystemExit(128 + self.signal)
 
-    def each(self, things):
-        """Yields a step's micro-batches, of which only the last one's backward pass exchanges gradients."""
-        for i, thing in enumerate(things):
-            for model in self.wrapped:
-                model.require_backward_grad_sync = i + 1 == len(things)
-            yield thing
-
-    def backward(self, loss):
-        """Adds a micro-batch's share to the gradients: over a step they become the mean over the global batch."""
-        self.scaler.scale(loss / self.accumulate).backward()
-
-    def log(self, **values):
-        """Adds a micro-batch's values, tensors of any shape, to the epoch's means, without waiting for the device."""
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float() / self.accumulate
-
-    def update(self, optimizer):
-        """One optimizer step at this step's learning rate: base × batch / 256 × `schedule`, each group's × its lr_scale."""
-        warmup, floor = self.args.warmup * self.per_epoch, getattr(self.args, "min_lr", 0.0)
-        share = schedule(self.step, warmup, self.total)
-        self.lr = self.args.lr * self.args.batch / 256 * share + floor * (1 - share) * (self.step >= warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = self.lr * group.get("lr_scale", 1.0)
-        self.scaler.step(optimizer)
-        optimizer.zero_grad()
-
-    def check(self):
-        """Raises Problem when weights are no longer finite."""
-        models = [thing for thing in self.kept.values() if isinstance(thing, nn.Module)]
-        if not all(p.isfinite().all() for model in models for p in model.parameters()):
-            raise Problem(f"weights are not finite at step {self.step}: try a lower --lr; {self.out}/last.pt is from before")
-
-    def save(self):
-        """Process 0 writes last.pt, unless weights are no longer finite. At most 2 % of the time goes into saving."""
-        start = time.time()
-        self.check()
-        state = {name: thing.state_dict() for name, thing in self.kept.items()}
-        state |= dict(step=self.step, seconds=self.seconds + start - self.start, sums=self.sums, args=vars(self.args))
-        self.put("last.pt", **state)
-        self.due = time.time() + max(self.args.save_every, 50 * (time.time() - start))
 
 def entry(main):
-    """Runs a script's main. A Problem, Ctrl-C, a full disk or GPU end it with one line on stderr and an exit code."""
-    code, message, rank = 2, None, int(os.environ.get("RANK", 0))
-    sys.stdout.reconfigure(errors="replace")                                                # for terminals without × or …
+    """Runs a script's main. What a user can mend ends with one line on stderr instead of a traceback."""
+    code, message = 2, None
     try:
         main()
         code = 0
-    except (Problem, OSError) as error:
-        message = error
+    except (UserError, OSError) as error:
+        message = str(error).strip().split("\n")[-1]                  # of a worker's error the last line
     except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: try --checkpoint-blocks, or a lower --micro-batch (other random draws, same batch)"
+        message = "the GPU's memory is full: try --checkpoint-blocks or a smaller --micro-batch"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except SystemExit as stop:
-        code = stop.code or 0
-    except RuntimeError as error:
-        if not rank or "peer" not in str(error):                                            # another process ended and said why
-            raise
-    if workers := multiprocessing.active_children():                                        # of a DataLoader that was interrupted
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in workers:
-            worker.kill()
+        code = stop.code
     if message:
-        time.sleep(3 * (rank > 0))                                                          # time for process 0 to say the same
+        time.sleep(3 if int(os.environ.get("RANK", 0)) else 0)        # process 0 says it first
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
     if dist.is_initialized():
-        if not code:
-            dist.all_reduce(torch.zeros(1))                                                 # leave together: process 0 may draw
-            dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(code)                                                                      # gloo's threads may abort a sys.exit
+        os._exit(code or 0)                                           # other processes may have gone already
     sys.exit(code)
 
-# -------------------------------------------------------------------------------------------------------------- evaluation
 
-def labelled(args, run, few=None, all_=False):
-    """→ training and validation set, each with labels; of the first only `few` pictures of each class, if that is given, or with
-    `all_` also those without a label. Raises Problem when there are no two classes to tell apart."""
-    train, val = load_data(args, run)
-    if val is None or len(set(train.labels.tolist()) - {-1}) < 2:
-        raise Problem(f"--task {args.task} needs labelled pictures of two classes or more: train/CLASS/… and val/CLASS/… in a "
-                      f"folder, or a torchvision name" + f"; --limit {args.limit} leaves these only" * bool(args.limit))
-    if not all_:
-        train.pick((train.labels >= 0).nonzero()[:, 0])
-    if few:
-        train.few(few, args.seed)
-    args.classes = [str(name) for name in train.classes]
-    return train, val
+# --------------------------------------------------------------------------------------------- command line
 
-def tally(scores, labels):
-    """Scores (b, K), labels (b,) → confusion (K, K), truth in rows and answers in columns, and how often (1,) the truth was among
-    the five highest scores (of all K where there are fewer)."""
-    classes = scores.shape[1]
-    highest = scores.topk(min(5, classes)).indices                                          # (b, 5)
-    confusion = torch.bincount(labels * classes + highest[:, 0], minlength=classes ** 2).view(classes, classes)
-    return confusion, (highest == labels[:, None]).sum().view(1)
+def number(kind, low, high=math.inf):
+    """→ an argparse type: an int or float from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    parse.__name__ = kind.__name__
+    return parse
 
-@torch.no_grad()
-def measure(model, data, run, args):
-    """→ top-1, top-5, confusion (K, K) over a data set. Each process takes its own pictures, so that none is counted twice."""
-    for part in model.buffers() if run.world > 1 else ():                                   # each process has its own BatchNorm's
-        dist.broadcast(part, 0)
-    model.eval()
-    index = torch.arange(len(data))[data.labels.cpu() >= 0][run.rank::run.world]
-    sums = [torch.zeros(size, dtype=torch.long, device=run.device) for size in ((len(data.classes), len(data.classes)), (1,))]
-    for images, labels, _ in data.stream(((part, 0) for part in index.split(run.micro) if len(part)), run, args.size):
-        with run.autocast():
-            scores = model(images)
-        for total, part in zip(sums, tally(scores, labels)):
-            total += part
-    for total in sums if run.world > 1 else ():
-        dist.all_reduce(total)
-    model.train()
-    return *(part.sum().item() / sums[0].sum().item() for part in (sums[0].diag(), sums[1])), sums[0]
 
-def finish(top1, top5, confusion, classes, run, args, **more):
-    """Says and logs an evaluation's result: a confusion table for up to 20 classes, else the classes most often wrong."""
-    names, seen = [str(name)[:9] for name in classes], confusion.sum(1).tolist()
-    right = [hits / all_ if all_ else None for hits, all_ in zip(confusion.diag().tolist(), seen)]
-    run.say(f"{args.task}: top-1 {top1:.4f}, top-5 {top5:.4f} of {confusion.sum()} pictures" + "".join(
-        f", {name} {value:.4f}" for name, value in more.items()))
-    if len(names) <= 20:
-        run.say("\n".join(f"{name:>10}" + "".join(f"{cell:>10}" for cell in row) for name, row in
-                          [("truth", names), *zip(names, confusion.tolist())]))
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the value that will be used to an option's help, if it is known before the data are."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def shared_options(description):
+    """→ a parser with the options that mean the same in every script. A script adds its own and calls
+    `parse_args`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=Help, add_help=False)
+    switch = argparse.BooleanOptionalAction
+    count, whole, amount = number(int, 1), number(int, 0), number(float, 0)
+    add = parser.add_argument
+    add("--data", help="a folder, or a torchvision dataset: cifar10 …; left out: scenes, drawn on the spot")
+    add("--out", help="folder for checkpoints, log and images; left out: runs/SCRIPT")
+    add("--init", help="checkpoint to take weights from: ours, MAE's, timm's or Hugging Face's")
+    add("--model", choices=VITS, help="size of the encoder (paper: base)")
+    add("--size", type=count, nargs="+", help="side of the images, or height and width (paper: 224)")
+    add("--patch", type=count, help="side of a patch in pixels (paper: 16)")
+    add("--epochs", type=count, help="how often every image is seen (paper: 800)")
+    add("--batch", type=count, help="images a step, over all processes (paper: 4096)")
+    add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (paper: 1.5e-4)")
+    add("--warmup", type=amount, help="epochs of rising learning rate; left out: a tenth of all (paper: 40)")
+    add("--limit", type=count, help="use only so many images, for a quick try")
+    add("--seed", type=whole, default=0, help="decides weights, order, crops and masks")
+    add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
+    add("--overwrite", action="store_true", help="replace the run in OUT")
+
+    add = parser.add_argument_group("advanced").add_argument
+    add("--root", default="data", help="folder for torchvision's downloads")
+    add("--weight-decay", type=amount, default=0.05, help="of weight matrices (paper: 0.05)")
+    add("--crop", type=number(float, 0.01, 1), help="least part of the area in a random crop (paper: 0.2)")
+    add("--flip", action=switch, default=True, help="flip images at random")
+    add("--mean", type=float, nargs="+", help="mean of each channel, in pixel values 0 to 255")
+    add("--std", type=amount, nargs="+", help="standard deviation of each channel, in pixel values")
+    add("--workers", type=whole, help="processes that read images, for each training process")
+    add("--micro-batch", type=count, help="images at once on a device; gradients add up (at most 256)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (GPU: bf16, CPU: fp32)")
+    add("--compile", action=switch, help="torch.compile the model (on GPUs)")
+    add("--checkpoint-blocks", action="store_true", help="less memory, a third slower: compute blocks twice")
+    return parser
+
+
+MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "workers", "compile", "root",
+              "checkpoint_blocks", "micro_batch"}
+
+
+def kind_of_data(args):
+    """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has 50,000
+    files, and images of 100 pixels or more."""
+    count, side = 0, 0
+    for folder, _, names in os.walk(args.data or "scenes"):
+        count += len(names)
+        for name in names[:1]:
+            with contextlib.suppress(OSError), Image.open(f"{folder}/{name}") as image:
+                side = max(side, min(image.size))
+        if count > 50_000 and side >= 100:
+            return "imagenet"
+    return "scenes" if args.data is None else "small"
+
+
+def parse_args(parser, script, preset, arguments=None):
+    """→ the options of a run. Those that are not given come from preset(args, kind of data), a dictionary;
+    with --resume all come from the run, and only some that do not change what is learned may be given
+    anew."""
+    args, _ = parser.parse_known_args(arguments)
+    task = getattr(args, "task", None)
+    out = args.out or f"runs/{script}" + (f"-{task}" if task != parser.get_default("task") else "")
+    if args.resume:
+        saved = read_checkpoint(f"{out}/last.pt")["args"]
+        parser.set_defaults(**saved)
     else:
-        worst = sorted((share, name) for share, name in zip(right, names) if share is not None)[:5]
-        run.say("least often right: " + ", ".join(f"{name} {share:.2f}" for share, name in worst))
-    if not all(seen):
-        run.say("no validation pictures of: " + ", ".join(name for name, pictures in zip(names, seen) if not pictures))
-    run.write(step=run.step, task=args.task, top1=top1, top5=top5, **more, class_accuracy=right)
-
-class Judge:
-    """Measures a classifier as it learns, keeps the best one in OUT/best.pt, and says in the end what came out."""
-
-    def __init__(self, model, data, run, args, per_epoch, **parts):
-        self.model, self.data, self.run, self.args, self.per_epoch, self.parts = model, data, run, args, per_epoch, parts
-        self.pause, self.found = max(1, len(data) // (per_epoch * args.batch)), None        # epochs between validations
-        self.best = -1.0
-        if args.resume and os.path.exists(f"{run.out}/best.pt"):
-            self.best = read_checkpoint(f"{run.out}/best.pt")["top1"]
-
-    def after_step(self, step):
-        """Measures at the end of an epoch, or of several where epochs are short."""
-        epoch, rest = divmod(step + 1, self.per_epoch)
-        if rest == 0 and (epoch % self.pause == 0 or epoch == self.args.epochs):
-            self.run.check()                                                                # best.pt never holds a NaN
-            self.found = self.run.aside(lambda: measure(self.model, self.data, self.run, self.args))
-            self.run.note(top1=self.found[0], top5=self.found[1])
-            if self.found[0] > self.best:
-                self.best = self.found[0]
-                parts = {name: part.state_dict() for name, part in self.parts.items()}
-                self.run.put("best.pt", **parts, top1=self.best, step=step + 1, args=vars(self.args))
-
-    def result(self):
-        """→ top-1, top-5 and confusion of the last measurement."""
-        self.found = self.found or measure(self.model, self.data, self.run, self.args)
-        return self.found
-
-    def finish(self, **more):
-        """Says and logs it, and → top-1."""
-        finish(*self.result(), self.data.classes, self.run, self.args, best_top1=self.best, **more)
-        return self.result()[0]
+        parser.set_defaults(**preset(args, kind_of_data(args)))
+    parser.add_argument("-h", "--help", action="help", help="show this and stop")
+    args = parser.parse_args(arguments)
+    if args.out is None and task != parser.get_default("task") and os.path.exists(f"{out}/log.jsonl"):
+        with open(f"{out}/log.jsonl") as file:                        # a finished evaluation may be replaced
+            args.overwrite = args.overwrite or '"task"' in file.read()
+    args.out, args.script = out, script
+    if args.resume:
+        for name, value in saved.items():
+            if getattr(args, name, value) != value and name not in MAY_CHANGE:
+                raise UserError(f"the run in {out} has --{name.replace('_', '-')} {value}: leave it out")
+        args = argparse.Namespace(**(saved | vars(args)))
+    return args

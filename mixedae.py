@@ -1,275 +1,372 @@
-"""Mixed Autoencoder for Self-supervised Visual Representation Learning (Chen et al.; arXiv 2303.17152).
+"""Mixed Autoencoder for Self-supervised Visual Representation Learning
+Kai Chen, Zhili Liu, Lanqing Hong, Hang Xu, Zhenguo Li, Dit-Yan Yeung, 2023, https://arxiv.org/abs/2303.17152
 
-Mixing pictures helps supervised learning, so why not masked autoencoders? Because there a hidden patch is nothing at all, and a
-patch of another picture in its place is something: mixed naively, reconstruction gets easier and features get worse. The cure is
-a second task, homologous recognition: find out which patches of the mixture come from the same picture. Every query may attend
-only to the few keys most similar to it, so it had better choose its own picture's, and a contrastive loss tells whether it did.
-Four pictures share the places of one: the encoder works on as many tokens as MAE's does on its visible quarters.
+Mixing images helps supervised learning, so why not masked autoencoders? In MAE a hidden patch is simply gone.
+If a patch of another image takes its place, the encoder sees more than before, reconstruction gets easier,
+and the features get worse: that is naive mixing. The paper's cure is a second task, homologous recognition:
+find out which patches of the mixture come from the same image. Each image of a group gets a learned vector,
+its segment, that is added to all its tokens. In every attention layer a query sees only the keys most similar
+to it, so it had better choose keys of its own image, and a contrastive loss teaches it to. Then each image
+gets its tokens back, and MAE's decoder predicts its hidden patches. Four images fit into one sequence, so the
+encoder processes as many tokens as in MAE, in fewer and longer sequences. After pre-training it is a plain
+vision transformer.
 
-    4 images ─► a quarter of the places each, ─► N tokens ─► ENCODER, each query ─► un-mix ─► DECODER ─► pixels ─► loss, on what
-    (B,C,H,W)   none twice (B,n,D)               (B/4,N,D)   sees its top n keys    (B,n,D)   (B,N,·)              was not its own
-                                                                    └─► contrastive loss: same picture or not?
+    4 images ──► a quarter of the ──► mixture ──► ENCODER ──┬──► un-mix ──► DECODER ──► loss on the hidden
+    (B,C,H,W)    places each (B,n,D)  (B/4,N,D)  top K keys │    (B,1+n,D)  (B,N,P·P·C)   75 % of each image
+                                                            └──► of one image or not? contrastive loss
 
-    python mixedae.py                                           on two CPU cores, nothing to download
-    python mixedae.py --data fashion-mnist --epochs 3           a small torchvision data set
-    torchrun --nproc_per_node=8 mixedae.py --data /imagenet     the paper's recipe, ViT-B/16
-    python mae.py --task probe --init runs/mixedae/last.pt      what the encoder is worth: it is a plain ViT
+    python mixedae.py                                           # scenes drawn here: minutes on a CPU
+    python mixedae.py --data fashion-mnist --size 32            # a torchvision dataset, as 8×8 patches
+    python mixedae.py --no-segments --no-homologous-attention --no-contrastive      # naive mixing
+    torchrun --nproc_per_node=8 mixedae.py --data /imagenet     # MAE's recipe for ViT-B, as in the paper
+    python mae.py --task probe --init runs/mixedae/last.pt      # what is the encoder worth? it is a plain ViT
 
-Measured, first command (2 cores of an AMD EPYC, torch 2.15, seed 0): 4 min 14 s; of a query's chosen keys 0.60 0.70 0.75 0.59 are
-of its own picture, block by block (with one thread 0.61 0.73 0.74 0.85), before training 0.53, by chance 0.25; as an encoder it
-is worth less than MAE's at this scale (README).
+MEASURED
+
+Details that matter
+1. One random order of the places is cut into as many parts as a group has images: each place has one owner.
+2. Tokens are mixed, not pixels, after positions are added [not in the paper]. For whole patches it is the
+   same, and a token keeps the position that it has in its image.
+3. K, the number of keys that a query sees, is the number of patches an image shows [from memory]. Each head
+   of every block chooses for itself [from memory]. The choice has no gradient.
+4. The class token sees every token and is seen by every one. It is not one of the K keys [not in the paper].
+5. Homologous attention has the parameters of plain attention, so the checkpoint holds a plain ViT, to be used
+   with full attention.
+6. Segments are 0 on average over a group and start small, so that the encoder misses little when they are
+   gone after pre-training [not in the paper]. The decoder gets none of its own [not in the paper].
+7. For decoding, all images of a group get the one class token of their mixture [not in the paper].
+8. Temperature 0.25, weight 0.1 and mix ratio 0.25 are [from memory]. The contrastive loss acts on the
+   encoder's output, after the last norm, without a projection head [not in the paper].
+9. topk_accuracy leaves the query itself out. A query nearly always chooses itself, so that with it half of
+   the keys seem right before any training.
+10. The images of a group are different ones, in random order [not in the paper].
 """
 
 import argparse
+
+from common import (  # before torch: it sets how threads wait
+    VITS, Attention, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, learning_rate,
+    load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, shared_options, spread,
+    to_pixels, training_plan, unpatchify)
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (TRUE_CONTRAST, Attention, Batches, Problem, Run, adamw, build, entry, fit, load_data, patchify, pixel_loss,
-                    save_sheet, settings, shared_options, take, unpatchify, with_contrast)
+# ----------------------------------------------------------------------------------------------------- mixing
 
-# ------------------------------------------------------------------------------------------------------------------ mixing
+def divide_places(noise, members, visible, turns=1):
+    """noise (G, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N), as in MAE, for B = turns·G·M images:
+    each of the M images of a group owns n = `visible` of the N places. Rows are in the order turn, group,
+    member.
 
-def share_places(noise, n, group, turns=1):
-    """noise (G, N) → shuffle (turns·B, N): how the pictures of each group divide its N places among themselves.
-
-    The first n of a picture's row are the places it owns, the others follow; in a group no place is owned twice. With `turns`
-    everything comes that many times, and each time the pictures pass their places on to the next: after N/n turns each of them
-    has owned every place once (the full mode; our reading). Rows are in the order turn, group, picture.
+    In every further turn each image takes over the places of the next one. After M turns it has owned every
+    place once: --mixing full, as we read it [not in the paper].
     """
-    order = noise.argsort(dim=1)                                                            # (G, N) all places, at random
-    each = [[order.roll(-n * (turn + member), dims=1) for member in range(group)] for turn in range(turns)]
-    return torch.stack([torch.stack(rows, dim=1) for rows in each]).flatten(0, 2)
+    # One random order of the places for each group. Member m owns the m-th part of it (detail 1): the order,
+    # turned until that part comes first, is what MAE calls ids_restore.
+    rank = noise.argsort().argsort()[:, None]                               # (G, 1, N)
+    member = torch.arange(members, device=noise.device)[:, None]            # (M, 1)
+    turned = [(rank - visible * (member + turn)) % noise.shape[1] for turn in range(turns)]
+    ids_restore = torch.cat(turned).flatten(0, 1)                           # (B, N)
+    mask = (ids_restore >= visible).float()
+    return ids_restore.argsort()[:, :visible], ids_restore, mask
+
+
+# ------------------------------------------------------------------------------------- homologous recognition
+
+def homologous_pairs(scores, visible):
+    """scores (…, N, N) of tokens, every `visible` in turn of one image → positive, bool (N, N): two different
+    tokens of one image; different, bool (N, N): two different tokens."""
+    token = torch.arange(scores.shape[-1], device=scores.device)
+    image = token // visible
+    different = token[:, None] != token
+    return (image[:, None] == image) & different, different
+
 
 class HomologousAttention(Attention):
-    """Self-attention in which a query sees only the `top` keys most similar to it, and the class token; in every block (after the
-    paper).
+    """Self-attention in which each query sees only the top_k keys most similar to it, x (B, 1+N, D) → the
+    same shape. It has the parameters of plain attention (detail 5), and with top_k = N computes the same.
 
-    The class token itself sees every key (our choice). Which keys are chosen has no gradient, so that is found without one, and
-    the attention among the chosen is the usual fused kernel. With top = None it is plain attention, of the same parameters.
-    So a head may settle on the keys of one wrong picture, and the loss hardly pulls it back. Under the usual start, where q·k of
-    two equal tokens is as often negative as positive, that is a lottery; hence `copy_keys`.
-    `accuracy` (H,) is the share of chosen keys that are of the query's own picture, if every `top` tokens in turn are of one.
+    `accuracy` () is the part of the chosen keys that are of the query's image, if every `visible` tokens in
+    turn are of one. The query itself is not counted (detail 9). By chance it is (visible − 1) / (N − 1).
     """
 
-    top = accuracy = None
+    def __init__(self, embed_dim, num_heads, top_k, visible):
+        super().__init__(embed_dim, num_heads)
+        self.top_k = top_k
+        self.visible = visible
 
-    @torch.no_grad()
     def choose(self, q, k):
-        """Queries and keys (B, H, 1+N, D/H) → each patch's chosen patches (B, H, N, top). Raises Problem if N < top."""
-        if q.shape[2] <= self.top:
-            raise Problem(f"a query cannot choose {self.top} keys among {q.shape[2] - 1} patches")
-        return (q[:, :, 1:] @ k[:, :, 1:].transpose(-2, -1)).topk(self.top, sorted=False).indices
+        """Queries and keys (B, H, 1+N, D/H) → bool (B, H, 1+N, 1+N), true where a query sees a key."""
+        # The K highest scores of each query, among patches (detail 3).
+        scores = (q @ k.mT)[..., 1:, 1:]                                    # (B, H, N, N)
+        top = scores.topk(self.top_k).indices                               # (B, H, N, K)
+        seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True)
 
-    def seen(self, chosen):
-        """(B, H, N, top) → (B, H, 1+N, 1+N), true where a query sees a key."""
-        tokens = chosen.shape[2] + 1
-        seen = torch.zeros(*chosen.shape[:2], tokens, tokens, dtype=torch.bool, device=chosen.device)
-        seen[:, :, 1:].scatter_(-1, chosen + 1, True)
-        seen[:, :, 0], seen[:, :, :, 0] = True, True
-        return seen
+        # How good is the choice? The network never sees this number.
+        positive, different = homologous_pairs(scores, self.visible)
+        self.accuracy = (seen & positive).sum() / (seen & different).sum()
+
+        # The class token sees everything, and everything sees it (detail 4).
+        return F.pad(seen, (1, 0, 1, 0), value=True)
 
     def forward(self, x):
-        if self.top is None:
-            return super().forward(x)
-        q, k, v = self.split(x)                                                             # (B, H, 1+N, D/H)
-        chosen = self.choose(q, k)                                                          # (B, H, N, top)
-        own = torch.arange(chosen.shape[2], device=x.device)[:, None] // self.top           # (N, 1) whose token it is
-        self.accuracy = (chosen // self.top == own).float().mean((0, 2, 3))                 # (H,)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, self.seen(chosen)).transpose(1, 2).flatten(2))
+        # Keys that are not seen count as −∞ in the softmax. It is still the fused kernel, now with a mask.
+        q, k, v = self.project(x)
+        x = F.scaled_dot_product_attention(q, k, v, self.choose(q, k))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
-    def weights(self, x, first=None):
-        """(B, 1+N, D) → (B, H, 1+N, 1+N): who looks where, with zeros where a query does not see a key."""
-        q, k, _ = self.split(x)
-        hidden = ~self.seen(self.choose(q, k)) if self.top else torch.zeros((), dtype=torch.bool, device=x.device)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf).softmax(-1)[:, :, :first]
 
-def contrastive_loss(tokens, n, temperature=0.25):
-    """tokens (G, N, D), every n in turn of one picture → (): for each token, the cross-entropy of finding the others of its
-    picture among all others by cosine similarity (the temperature is after the paper)."""
-    tokens = F.normalize(tokens.float(), dim=-1)
-    similarity = tokens @ tokens.transpose(1, 2) / temperature                              # (G, N, N)
-    picture = torch.arange(tokens.shape[1], device=tokens.device) // n                      # (N,)
-    itself = torch.eye(len(picture), dtype=torch.bool, device=tokens.device)
-    others = similarity.masked_fill(itself, -torch.inf).logsumexp(-1, keepdim=True)         # (G, N, 1)
-    positive = ((picture[:, None] == picture) & ~itself).float()                            # (N, N) as many in every row
-    return ((others - similarity) * positive).sum() / (len(tokens) * positive.sum())
+def contrastive_loss(tokens, visible, temperature=0.25):
+    """The homologous contrastive loss, tokens (G, N, D), every `visible` in turn of one image → (). For each
+    token i it is the cross-entropy of finding the others j of its image among all others l by cosine
+    similarity (detail 8):
 
-# ------------------------------------------------------------------------------------------------------------------- model
+        − mean_i mean_j log( exp(cos_ij / τ) / Σ_{l≠i} exp(cos_il / τ) )
+    """
+    with torch.autocast(tokens.device.type, enabled=False):                 # bf16 has two to three digits
+        tokens = F.normalize(tokens.float(), dim=-1)
+        similarity = tokens @ tokens.mT / temperature                       # (G, N, N)
+    positive, different = homologous_pairs(similarity, visible)
+    log_probability = similarity.masked_fill(~different, -torch.inf).log_softmax(dim=-1)
+    return -log_probability.masked_fill(~positive, 0).sum() / (len(tokens) * positive.sum())
+
+
+# ------------------------------------------------------------------------------------------------------ model
 
 class MixedAE(nn.Module):
-    """A masked autoencoder whose encoder sees the visible patches of several pictures in one sequence.
+    """A masked autoencoder whose encoder sees the visible patches of several images, `members`, in one
+    sequence. Each image owns one of `members` parts of the places; with `full` every part once, for `members`
+    times the work.
 
-    A picture owns 1/members of the places, and as many pictures share a sequence (or `group` of them, the other places are
-    empty; 1, without what follows, is MAE). With `full` each picture owns every place once, for `members` times the work.
-    What tells the pictures apart: `segments`, a learned vector for each member, `homologous` attention, and the contrastive
-    loss, weighted by `contrastive`. Without all three this is naive mixing. Raises Problem unless the places divide among the
-    members.
+    Without segments, homologous attention and contrastive loss (weight 0) this is naive mixing. Raises
+    UserError unless the places divide among the members.
     """
 
-    def __init__(self, encoder, decoder, norm_pixels=True, members=4, full=False, segments=True, homologous=True, contrastive=0.1,
-                 group=None):
+    def __init__(self, encoder, decoder, norm_pixels=True, members=4, full=False, segments=True,
+                 homologous=True, contrastive_weight=0.1):
         super().__init__()
-        self.encoder, self.decoder, self.norm_pixels = encoder, decoder, norm_pixels
-        self.homologous, self.contrastive = homologous, contrastive
-        self.places, self.group, self.turns = encoder.grid[0] * encoder.grid[1], group or members, members if full else 1
-        if self.places % members or self.places == members or self.group > members:
-            raise Problem(f"{self.places} patches do not divide among {members} pictures, two or more for each: change --size, "
-                          "--patch or --mix-ratio")
-        self.own = self.places // members                                                   # n
-        # Our choice between 0.02, MAE's usual start, with which the first epoch goes as without any, and 0.5, with which more
-        # keys are chosen rightly but the encoder is worth less without segments (README).
-        self.segments = nn.ParameterDict({"segment_token": 0.1 * torch.randn(self.group, 1, encoder.dim)} if segments else {})
-        for block in encoder.blocks:
-            if homologous and not isinstance(block.attn, HomologousAttention):
-                raise Problem("the encoder is to be a ViT(…, attention=HomologousAttention)")
-            block.attn.top = self.own if homologous else None
+        self.encoder = encoder
+        self.decoder = decoder
+        self.norm_pixels = norm_pixels
+        self.members = members                                              # M
+        self.turns = members if full else 1
+        self.contrastive_weight = contrastive_weight
+        self.places = encoder.pos_embed.shape[1] - 1                        # N
+        self.visible = self.places // members                               # n
+        if self.places % members:
+            raise UserError(
+                f"{self.places} patches do not divide among {members} images: change --size, --patch or "
+                "--mix-ratio")
 
-    def mix(self, images, noise=None):
-        """images (B, C, H, W) → tokens (G, M·n, D), a sequence a group, and shuffle (B, N), a picture's own n places first.
-        B is a multiple of the group; each group divides its places by `noise` (G, N), if it is given. In full mode, members times
-        as many of both. Raises Problem when the groups do not come out even."""
-        if len(images) % self.group:
-            raise Problem(f"{len(images)} pictures do not divide into groups of {self.group}")
-        noise = torch.rand(len(images) // self.group, self.places, device=images.device) if noise is None else noise
-        shuffle = share_places(noise, self.own, self.group, self.turns)                     # (B, N)
-        tokens = self.encoder.embed(images).repeat(self.turns, 1, 1)                        # (B, N, D) mixed as tokens (ours)
-        tokens = take(tokens, shuffle[:, :self.own]).unflatten(0, (-1, self.group))         # (G, M, n, D) each its own places
-        if self.segments:
-            segment = self.segments["segment_token"]                                        # (M, 1, D) one for each picture
-            tokens = tokens + (segment - segment.mean(0))                                   # 0 on average, as later (ours)
-        return tokens.flatten(1, 2), shuffle
+        # A vector for each member of a group (detail 6). A name that ends in _token is spared weight decay.
+        vectors = 0.1 * torch.randn(members, 1, encoder.embed_dim)
+        self.segments = nn.ParameterDict({"segment_token": vectors} if segments else {})
+
+        # The encoder's weights, behind another attention (detail 5).
+        top_k = self.visible if homologous else self.places
+        for block in encoder.blocks:
+            attention = HomologousAttention(encoder.embed_dim, block.attn.num_heads, top_k, self.visible)
+            attention.load_state_dict(block.attn.state_dict())
+            block.attn = attention
 
     def forward(self, images, noise=None):
-        """→ loss (), prediction (B, N, P·P·C), mask (B, N), 1 at places not its own, and facts for the log; see `mix`. In
-        full mode B stands for members times as many pictures."""
-        tokens, shuffle = self.mix(images, noise)                                           # (G, N, D), (B, N)
-        restore, images = shuffle.argsort(dim=1), images.repeat(self.turns, 1, 1, 1)        # (B, N), (B, C, H, W)
-        mask = (restore >= self.own).float()                                                # (B, N)
-        latent = self.encoder.encode(tokens)                                                # (G, 1+N, D) all pictures at once
-        own = latent[:, 1:].unflatten(1, (self.group, -1)).flatten(0, 1)                    # (B, n, D) un-mixed
-        own = torch.cat([latent[:, :1].repeat_interleave(self.group, dim=0), own], dim=1)   # (B, 1+n, D) its class token: ours
-        prediction = self.decoder(own, restore)                                             # (B, N, P·P·C) every place
-        loss = pixel_loss(images, prediction, mask, self.encoder.patch, self.norm_pixels)
-        facts = {"reconstruction_loss": loss}
-        if self.contrastive:
-            with torch.autocast(latent.device.type, enabled=False):
-                facts["contrastive_loss"] = contrastive_loss(latent[:, 1:], self.own)
-            loss = loss + self.contrastive * facts["contrastive_loss"]
-        if self.homologous:
-            facts["topk_accuracy"] = torch.stack([block.attn.accuracy.mean() for block in self.encoder.blocks])     # chance: n/N
-        return loss, prediction, mask, facts
+        """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
+        hidden, values for the log. B is G·M for G groups; with `full`, the results have M times as many rows.
 
-# ---------------------------------------------------------------------------------------------------------------- training
+        noise (G, N): divide the places of each group by it, instead of at random.
+        """
+        # Every patch becomes a token with its position. Each image keeps the tokens at the places it owns
+        # (detail 2).
+        tokens = self.encoder.embed(images)                                 # (B, N, D)
+        if noise is None:
+            noise = torch.rand(len(images) // self.members, self.places, device=images.device)
+        ids_keep, ids_restore, mask = divide_places(noise, self.members, self.visible, self.turns)
+        tokens = gather_tokens(tokens.repeat(self.turns, 1, 1), ids_keep)   # (B, n, D)
 
-def copy_keys(encoder):
-    """Starts keys as copies of queries: what is most similar to a token is then what is most like it (our choice)."""
-    for block in encoder.blocks:
-        queries, keys, _ = block.attn.qkv.weight.data.chunk(3)
-        keys.copy_(queries)
+        # All tokens of an image get its segment: without it, only what patches look like could tell images
+        # apart. Then the images of a group become one sequence, member after member.
+        tokens = tokens.unflatten(0, (-1, self.members))                    # (G, M, n, D)
+        for vectors in self.segments.values():                              # (M, 1, D)
+            tokens = tokens + vectors - vectors.mean(dim=0)
+        tokens = tokens.flatten(1, 2)                                       # (G, N, D)
 
-def pretrain(args):
-    """Mixes, reconstructs, and in the end draws."""
+        # The encoder runs once for M images. Inside, each query chooses its keys (HomologousAttention).
+        latent = self.encoder.encode(tokens)                                # (G, 1+N, D), class token first
+
+        # Un-mix: each image gets its tokens back, and a copy of the class token (detail 7). The decoder is
+        # MAE's.
+        class_tokens = latent[:, :1].repeat_interleave(self.members, dim=0)
+        patches = latent[:, 1:].unflatten(1, (self.members, -1)).flatten(0, 1)
+        unmixed = torch.cat([class_tokens, patches], dim=1)                 # (B, 1+n, D)
+        prediction = self.decoder(unmixed, ids_restore)                     # (B, N, P·P·C)
+
+        # Two losses: MAE's, and one that asks for tokens of one image to be alike.
+        values = dict(
+            reconstruction_loss=self.loss(images.repeat(self.turns, 1, 1, 1), prediction, mask),
+            contrastive_loss=contrastive_loss(latent[:, 1:], self.visible),
+            topk_accuracy=torch.stack([block.attn.accuracy for block in self.encoder.blocks]))
+        loss = values["reconstruction_loss"] + self.contrastive_weight * values["contrastive_loss"]
+        return loss, prediction, mask, values
+
+    def loss(self, images, prediction, mask):
+        """Mean squared error over hidden patches only, as in MAE."""
+        target = patchify(images, self.encoder.patch_size).float()          # (B, N, P·P·C)
+        if self.norm_pixels:
+            mean = target.mean(dim=-1, keepdim=True)
+            variance = target.var(dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        error = (prediction.float() - target).square().mean(dim=-1)         # (B, N)
+        return (error * mask).sum() / mask.sum()
+
+
+# --------------------------------------------------------------------------------------------------- training
+
+def pretrain(args, train=None, val=None):
+    """Pre-trains a mixed autoencoder. args: from `parse_args`. train, val: datasets of your own, instead of
+    --data. Raises UserError if a micro-batch does not divide into groups."""
     run = Run(args)
-    if run.micro % args.members or run.micro // args.crops < args.members:
-        raise Problem(f"micro-batches of {run.micro} do not divide into groups of {args.members} different pictures: change "
-                      "--batch, --micro-batch or --crops")
-    train, val = load_data(args, run)
-    if len(train) < args.members:
-        raise Problem(f"a group wants {args.members} different pictures, and there are {len(train)}")
-    encoder, decoder = build(args, HomologousAttention)
-    if args.homologous_attention:
-        copy_keys(encoder)
-    optimizer = adamw(model := MixedAE(encoder, decoder, args.norm_pixels, args.members, args.mixing == "full", args.segments,
-                                       args.homologous_attention, args.contrastive_weight * args.contrastive), args.weight_decay)
-    wrapped = run.wrap(model)                                                               # device, torch.compile, DDP
-    run.keep(encoder=encoder, decoder=decoder, segments=model.segments, optimizer=optimizer)         # in last.pt
-    run.introduce(model, train)
+    members = round(1 / args.mix_ratio)
+    if run.micro_batch % members:
+        raise UserError(
+            f"micro-batches of {run.micro_batch} images do not divide into groups of {members}: change "
+            "--batch or --micro-batch")
+    train, val = prepare_data(args, run, train, val)
+    torch.manual_seed(args.seed)
+    size = VITS[args.model] | dict(patch_size=args.patch)
+    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
+    if args.init is not None:                                               # the decoder always starts anew
+        encoder = load_encoder(args.init, img_size=args.size)
+    decoder = Decoder(encoder, **args.decoder)
+    args.vit = encoder.config
+    model = MixedAE(
+        encoder, decoder, args.norm_pixels, members, args.mixing == "full", args.segments,
+        args.homologous_attention, args.contrastive * args.contrastive_weight)
+    wrapped = run.wrap(model)                                               # on the device; compiled; DDP
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
-    batches = Batches(train, run, args.size, args.crop)
-    for step in run.steps(batches.per_epoch):
-        for images, _, _ in batches.at(step):                                               # (b, C, H, W) a micro-batch
-            with run.autocast():
-                loss, _, _, facts = wrapped(images)
-            run.backward(loss)
-            run.log(loss=loss, **facts)
-        run.update(optimizer)
+    ids = spread(len(train), args.limit)
+    run.start(
+        len(ids), encoder=encoder, decoder=decoder, segments=model.segments,
+        optimizer=optimizer, scaler=run.scaler)
+    loader = batches(train, training_plan(ids, run), run, train=True)
+    for step in run.steps():
+        # Up in a straight line for --warmup epochs, then down half a cosine to zero.
+        peak = args.lr * args.batch / 256
+        lr = learning_rate(step, peak, args.warmup * run.steps_per_epoch, run.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.
+        for i in range(run.accumulate):
+            images, _, _ = next(loader)                                     # (b, C, H, W), detail 10
+            wrapped.require_backward_grad_sync = i == run.accumulate - 1    # DDP averages once a step
+            with run.autocast:
+                loss, _, _, values = wrapped(images)
+            run.scaler.scale(loss / run.accumulate).backward()
+            run.log(loss=loss, **values)
+
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
+        run.log(lr=lr)
 
     if run.rank == 0:
-        draw(model, val or train, run, args)
+        draw(model, val or train, run)
+    best = max(run.history[-1]["topk_accuracy"])
+    chance = (model.visible - 1) / (model.places - 1)
+    run.print(
+        f"in the best block {best:.2f} of the chosen keys come from the same image, by chance {chance:.2f}")
+
 
 @torch.no_grad()
-def draw(model, data, run, args):
-    """Writes OUT/mixture.png: a group and its patches; its mixture, whose places are whose, and where the middle patch looks,
-    before and after TopK, in the block that chooses best; the reconstructions."""
-    encoder, count = model.eval().encoder, args.members
-    images, *_ = next(data.stream([(torch.linspace(0, len(data) - 1, count).long(), 0)], run, args.size))
-    torch.manual_seed(args.seed)
+def draw(model, dataset, run):
+    """Writes OUT/mixture.png, a column for each image of a group: the image; its places in the mixture; where
+    one of its patches looks in the last block, before and after TopK; the reconstruction, with norm_pixels of
+    normalised patches."""
+    encoder = model.encoder
+    attention = encoder.blocks[-1].attn
+    inputs = []                                                             # of the last attention
+    attention.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
+    images, _, _ = next(batches(dataset, [(spread(len(dataset), model.members), run.args.seed)], run))
     noise = torch.rand(1, model.places, device=run.device)
-    _, prediction, mask, facts = model.forward(images, noise)                               # not compiled for this one batch
-    tokens, shuffle = model.mix(images, noise)
-    patches, visible, places = patchify(images, args.patch), 1 - mask[:count, :, None], shuffle[:count, :model.own].flatten()
-    prediction = prediction[:count]
-    if args.norm_pixels:
-        prediction = with_contrast(prediction, patches)
-    pixels = lambda x: (unpatchify(x, args.patch, args.size) * data.std + data.mean).clamp(0, 255).expand(-1, 3, -1, -1)
+    model.turns = 1                                                         # one mixture is enough
+    _, prediction, mask, _ = model.forward(images, noise)
 
-    (h, w), best = encoder.grid, facts["topk_accuracy"].argmax() if model.homologous else len(encoder.blocks) - 1
-    block, query = encoder.blocks[best], places == h // 2 * w + w // 2                     # (N,) true at the middle patch
-    x = block.norm1(encoder.blocks[:best](encoder.with_class(tokens[:1])))                  # (1, 1+N, D)
-    mixture, views = pixels((patches * visible).sum(0, keepdim=True)), []
-    for weights in (Attention.weights(block.attn, x), *([block.attn.weights(x)] * model.homologous)):
-        light = torch.zeros(model.places, device=run.device)
-        light[places] = weights[0, :, 1:, 1:].mean(0)[query][0]                             # token by token → place by place
-        light = (light / light.max()).sqrt()[None, :, None].expand(-1, -1, args.patch ** 2)
-        views.append(mixture * unpatchify(light, args.patch, args.size))
-    hue = torch.arange(count, device=run.device)[:, None] / count + torch.arange(3, device=run.device) / 3      # (M, 3)
-    owner = (visible * (127 + 127 * torch.cos(6.283 * hue))[:, None]).sum(0, keepdim=True).repeat(1, 1, args.patch ** 2)
-    topk = ", TopK" * model.homologous
-    rows = {"pictures": pixels(patches), "what each of them shows": pixels(patches * visible),
-            f"mixture, whose place, attention of the middle patch (block {int(best) + 1}): all keys{topk}":
-                torch.cat([mixture, unpatchify(owner, args.patch, args.size), *views]),
-            "reconstructions" + TRUE_CONTRAST * args.norm_pixels: pixels(patches * visible + prediction * (1 - visible))}
-    wide = max(4, count)
-    save_sheet(f"{run.out}/mixture.png", {
-        title: torch.cat([row, row.new_full((wide - len(row), *row.shape[1:]), 255)]).byte() for title, row in rows.items()})
-    run.say(f"pictures: {run.out}/mixture.png")
+    patches = patchify(images, encoder.patch_size)                          # (M, N, P·P·C)
+    visible = 1 - mask[..., None]                                           # (M, N, 1)
+    mixture = (patches * visible).sum(dim=0)                                # (N, P·P·C)
+    rows = {"image": patches, "its places in the mixture": mixture * (0.2 + 0.8 * visible)}
 
-# ------------------------------------------------------------------------------------------------------------ command line
+    # The first patch of each image is the query. Attention is in the sequence's order; bring it into the
+    # image's.
+    order = divide_places(noise, model.members, model.visible)[0].flatten().argsort()
+    weights = attention.weights(inputs[0])                                  # (1, H, 1+N, 1+N)
+    seen = attention.choose(*attention.project(inputs[0])[:2])
+    for title, shown in (("all keys", weights), ("TopK", weights * seen)):
+        light = shown[0].mean(dim=0)[1::model.visible, 1:][:, order]      # (M, N)
+        light = light / light.amax(dim=1, keepdim=True)
+        rows[f"attention of one of its patches, {title}"] = mixture * light[..., None]
 
-PRESETS = {  # what --data selects, for every option left open; imagenet is MAE's recipe, as in the paper; the others are ours
-    "scenes": dict(model="nano", size=64, patch=8, decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
-                   epochs=5, batch=32, lr=1.6e-2, warmup=0.4),
-    "small": dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, norm_pixels=False, crop=1.0,
-                  epochs=50, batch=64, lr=8e-3, warmup=0.5),
-    "imagenet": dict(model="base", size=224, decoder_dim=512, decoder_depth=8, decoder_heads=16, norm_pixels=True, crop=0.2,
-                     epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
+    rows["reconstruction"] = patches * visible + prediction * (1 - visible)
+    save_image_rows(f"{run.args.out}/mixture.png", {
+        title: to_pixels(unpatchify(row, encoder.patch_size, encoder.img_size), run.args)
+        for title, row in rows.items()})
+    run.print(f"images: {run.args.out}/mixture.png")
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+# Defaults by kind of data. "imagenet" is MAE's recipe, as in the paper. "scenes" and "small" take minutes on
+# a CPU [not in the paper]; `updates` is their number of steps.
+MINUTES = dict(
+    model="nano",
+    decoder=dict(embed_dim=64, depth=2, num_heads=4),
+    norm_pixels=False,
+    crop=1.0,
+    updates=2500,
+    batch=32,
+    lr=1.6e-2,
+    warmup=0.4
+)
+PRESETS = {
+    "scenes": MINUTES,
+    "small": MINUTES,
+    "imagenet": dict(
+        model="base",
+        size=[224],
+        decoder=dict(embed_dim=512, depth=8, num_heads=16),
+        norm_pixels=True,
+        crop=0.2,
+        epochs=800,
+        batch=4096,
+        lr=1.5e-4,
+        warmup=40.0)
 }
 
+
 def options():
-    parser, add = shared_options("mixedae.py", "Pre-trains a mixed autoencoder.")
+    """→ mixedae.py's parser."""
+    parser = shared_options("Pre-trains a mixed autoencoder.")
     switch = argparse.BooleanOptionalAction
-    add["model"]("--mixing", choices=("compose", "full"), default="compose", help="each picture once, or 1 / ratio times, so "
-                 "that it owns every place once: as many times the work (compose)")
-    add["model"]("--mix-ratio", type=float, default=0.25, help="share of the places a picture owns; 1 / it are mixed (0.25)")
-    add["model"]("--segments", action=switch, default=True, help="add a vector to all tokens of one picture (on)")
-    add["model"]("--homologous-attention", action=switch, default=True, help="a query sees only its most similar keys (on)")
-    add["model"]("--contrastive", action=switch, default=True, help="learn which tokens are of one picture (on)")
-    add["model"]("--contrastive-weight", type=float, default=0.1, help="weight of that loss (0.1, after the paper)")
-    add["model"]("--norm-pixels", action=switch, help="predict each patch normalised by its own mean and contrast (on)")
+    add = parser.add_argument_group("mixedae").add_argument
+    add("--mixing", choices=("compose", "full"), default="compose",
+        help="an image owns one part of the places, or every part once, for 1 / ratio times the work")
+    add("--mix-ratio", type=float, choices=(0.5, 0.25, 0.125), default=0.25,
+        help="part of the places that an image owns; 1 / ratio images are mixed (paper: 0.25)")
+    add("--segments", action=switch, default=True, help="add a vector to all tokens of an image (paper: yes)")
+    add("--homologous-attention", action=switch, default=True,
+        help="a query sees only the keys most similar to it (paper: yes)")
+    add("--contrastive", action=switch, default=True, help="learn which tokens are of one image (paper: yes)")
+    add("--contrastive-weight", type=number(float, 0), default=0.1, help="weight of that loss (paper: 0.1)")
+    add("--norm-pixels", action=switch, help="predict normalised patches (paper: yes)")
     return parser
 
-ONLY = (("contrastive", "True", "contrastive_weight"),)  # options that do something with these values of another only
 
 def main(arguments=None):
-    args = settings(options(), lambda args, kind: PRESETS[kind], arguments, ONLY)
-    args.size = args.size or (32 if args.data != "stl10" else None)                         # 28 pixels: 7×7 patches, not even
-    args = fit(args)
-    args.members = round(1 / max(1e-6, args.mix_ratio))
-    if args.members < 2 or not abs(args.members * args.mix_ratio - 1) < 0.02:               # 0.33 is a third, nan is nothing
-        raise Problem(f"--mix-ratio {args.mix_ratio} must be one half, a third, a quarter …: its inverse is the size of a group")
-    pretrain(args)
+    pretrain(parse_args(options(), "mixedae", lambda args, kind: PRESETS[kind], arguments))
+
 
 if __name__ == "__main__":
     entry(main)
