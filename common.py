@@ -9,6 +9,7 @@ patches, n visible patches, T tokens, D width of the encoder, d width of the dec
 import argparse
 import contextlib
 import functools
+import inspect
 import json
 import math
 import os
@@ -35,6 +36,7 @@ from PIL import Image, ImageDraw, ImageFont                           # Pillow c
 from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 
 
@@ -199,8 +201,7 @@ class ViT(nn.Module):
             img_size=to_pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
             embed_dim=embed_dim, depth=depth, num_heads=num_heads, drop_path_rate=drop_path_rate,
             global_pool=global_pool)
-        for name, value in self.config.items():
-            setattr(self, name, value)                                # self.patch_size and so on
+        vars(self).update(self.config)                                # self.patch_size and so on
         self.grid = patch_grid(img_size, patch_size)
 
         projection = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
@@ -240,9 +241,7 @@ class ViT(nn.Module):
     def attention_map(self, images):
         """images (B, C, H, W) → (B, heads, N): how much the class token attends to each patch in the last
         block."""
-        x = self.add_class_token(self.embed(images))
-        for block in self.blocks[:-1]:
-            x = block(x)
+        x = self.blocks[:-1](self.add_class_token(self.embed(images)))
         last = self.blocks[-1]
         return last.attn.weights(last.norm1(x))[:, :, 0, 1:]
 
@@ -310,42 +309,40 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged or not a checkpoint: {type(error).__name__}: {str(error)[:80]}")
 
 
-RENAMES = [            # Hugging Face's parameter names, in files and in newer classes → timm's, in this order
-    (r"^((module|model|backbone|vit)\.)+", ""),
-    (r"^decoder\.(?=decoder_|mask_token)", ""),
-    (r"^embeddings\.position_embeddings", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    (r"^embeddings\.", ""),
-    (r"^(encoder\.layer|layers)\.", "blocks."),
-    (r"^decoder_layers\.", "decoder_blocks."),
-    (r"attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r"attn.\2."),
-    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
-    (r"intermediate\.dense", "mlp.fc1"),
-    (r"\.output\.dense", ".mlp.fc2"),
-    (r"layernorm_before", "norm1"),
-    (r"layernorm_after", "norm2"),
-    (r"^layernorm", "norm"),
-    (r"^classifier", "head"),
-]
+RENAMES = {            # Hugging Face's parameter names, in files and in newer classes: timm's, in this order
+    r"^((module|model|backbone|vit|embeddings)\.)+": "",
+    r"^decoder\.(?=decoder_|mask_token)": "",
+    r"^position_embeddings": "pos_embed",
+    r"^patch_embeddings\.projection": "patch_embed.proj",
+    r"^(decoder_)?(encoder\.layer|layers)\.": r"\1blocks.",
+    r"attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.": r"attn.\2.",
+    r"attention\.(output\.dense|o_proj)": "attn.proj",
+    r"intermediate\.dense": "mlp.fc1",
+    r"\.output\.dense": ".mlp.fc2",
+    r"layernorm_before": "norm1",
+    r"layernorm_after": "norm2",
+    r"^layernorm": "norm",
+    r"^classifier": "head",
+}
 
 
 def read_weights(path, part):
     """→ the tensors of a checkpoint's "encoder" or "decoder" under timm's names, and its options, {} if it
-    has none."""
-    loaded = read_checkpoint(path)
-    args = loaded.get("args", {})
+    has none. Raises UserError if a tensor holds something else than finite numbers."""
+    state = read_checkpoint(path)
+    args = state.get("args", {})
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    state = loaded
     for key in ("state_dict", "model", part):
-        if key in loaded:
-            state = loaded[key]
+        state = state.get(key, state)
 
     renamed = {}
     for name, tensor in state.items():
-        for pattern, replacement in RENAMES:
+        for pattern, replacement in RENAMES.items():
             name = re.sub(pattern, replacement, name)
-        if torch.is_tensor(tensor):
+        if torch.is_tensor(tensor) and tensor.is_floating_point():
+            if not tensor.isfinite().all():
+                raise UserError(f"{path}: {name} has numbers that are infinite or not a number")
             renamed[name] = tensor
 
     # Hugging Face keeps queries, keys and values in three layers; timm stacks them into one.
@@ -360,22 +357,24 @@ def count_blocks(state, prefix):
     return len({name.split(".")[1] for name in state if name.startswith(prefix)})
 
 
-def stored_grid(table, guess):
-    """→ the (rows, columns) of patches that a position table (1, 1+N, D) was made for. A fixed sine-cosine
-    table says so itself: 144 places may be 12×12 or 9×16. A learned one is of the guess, if that has N
-    places, or else square. Raises UserError if it cannot be square either."""
+def stored_grid(table, patch_size, *guesses):
+    """→ the (rows, columns) of patches that a position table (1, 1+N, D) was made for: 144 patches may be
+    12×12 or 9×16. guesses: image sizes, or None. Raises UserError if nothing fits."""
+    # A fixed sine-cosine table says so itself.
     places, dim = table.shape[1] - 1, table.shape[2]
-    grids = [(rows, places // rows) for rows in range(1, places + 1) if places % rows == 0]
-    for grid in grids:
-        if dim % 4 == 0:
-            fixed = sincos_positions(dim, grid)
-            if torch.allclose(fixed, table[0, 1:].float(), atol=1e-4):
-                return grid
-    side = math.isqrt(places)
-    for grid in (guess, (side, side)):
-        if grid in grids:
+    for rows in range(1, places + 1):
+        grid = (rows, places // rows)
+        if math.prod(grid) == places and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-4):
             return grid
-    raise UserError(f"{places} positions are not of a square image: give img_size=(height, width)")
+
+    # A learned one is of a guess that has as many patches, or else of a square image.
+    for size in guesses:
+        if size and math.prod(to_pair(size)) == places * patch_size ** 2:
+            return patch_grid(size, patch_size)
+    side = math.isqrt(places)
+    if side ** 2 != places:
+        raise UserError(f"{places} positions are not of a square image: give img_size=(height, width)")
+    return side, side
 
 
 def resize_positions(table, source, grid):
@@ -384,29 +383,23 @@ def resize_positions(table, source, grid):
     if source == grid:
         return table
     print(f"positions resized from {source} to {grid} patches", flush=True)
-    places = table[:, 1:].float().transpose(1, 2).unflatten(2, source)  # (1, D, rows, columns)
+    places = table[:, 1:].transpose(1, 2).unflatten(2, source)        # (1, D, rows, columns)
     places = F.interpolate(places, grid, mode="bicubic")
     return torch.cat([table[:, :1], places.flatten(2).transpose(1, 2)], dim=1)
 
 
 def fill(module, state, path, optional=()):
-    """Copies tensors into a module and prints what is left over. Only parameters whose names begin with
-    `optional` may be missing. Raises UserError if others are, or if weights are not finite numbers."""
+    """Copies tensors into a module and prints what is left over. Raises UserError if a parameter is missing
+    or of another shape; only those whose names begin with `optional` may be."""
     wanted = module.state_dict()
-    fitting = {}
-    for name, tensor in state.items():
-        if name in wanted and tensor.shape == wanted[name].shape:
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise UserError(f"{path}: {name} holds something else than finite numbers")
-            fitting[name] = tensor
-    missing = [name for name in wanted if name not in fitting]
-    unused = [name for name in state if name not in fitting]
+    fitting = {name: tensor for name, tensor in state.items()
+               if name in wanted and tensor.shape == wanted[name].shape}
+    missing = sorted(wanted.keys() - fitting)
+    unused = sorted(state.keys() - fitting)
     if not all(name.startswith(optional) for name in missing):
         raise UserError(f"{path} does not fit this model: missing or of another shape are {missing[:4]}")
     module.load_state_dict(fitting, strict=False)
-    notes = f"; new: {', '.join(missing)}" if missing else ""
-    notes += f"; not used: {', '.join(unused[:4])} …" if unused else ""
-    print(f"loaded {len(fitting)} tensors from {path}{notes}", flush=True)
+    print(f"loaded {len(fitting)} tensors from {path}; new: {missing}; not used: {unused[:4]}", flush=True)
 
 
 def load_encoder(path, **overrides):
@@ -424,22 +417,17 @@ def load_encoder(path, **overrides):
 
     # Sizes come from the tensors themselves; the file's options are only asked for what tensors do not show.
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
-    depth = count_blocks(state, "blocks.")
-    num_heads = max(1, embed_dim // 64)
-    for size in VITS.values():
-        if size["embed_dim"] == embed_dim and size["depth"] == depth:
-            num_heads = size["num_heads"]
     saved = args.get("vit", {})
-    height, width = to_pair(overrides.get("img_size") or saved.get("img_size", 0))
-    grid = stored_grid(state["pos_embed"], (height // patch_size, width // patch_size))
+    grid = stored_grid(state["pos_embed"], patch_size, saved.get("img_size"), overrides.get("img_size"))
+    usual_heads = {size["embed_dim"]: size["num_heads"] for size in VITS.values()}
     config = dict(
-        img_size=(grid[0] * patch_size, grid[1] * patch_size),
+        img_size=[side * patch_size for side in grid],
         patch_size=patch_size,
         in_chans=in_chans,
         num_classes=len(state.get("head.weight", ())),
         embed_dim=embed_dim,
-        depth=depth,
-        num_heads=saved.get("num_heads", num_heads),
+        depth=count_blocks(state, "blocks."),
+        num_heads=saved.get("num_heads") or usual_heads.get(embed_dim, math.ceil(embed_dim / 64)),
         global_pool="avg" if "fc_norm.weight" in state else "token",
     )
     encoder = ViT(**(config | overrides))
@@ -463,7 +451,8 @@ def load_decoder(path, encoder, **overrides):
     )
     decoder = Decoder(encoder, **(config | overrides))
     table = state["decoder_pos_embed"]
-    state["decoder_pos_embed"] = resize_positions(table, stored_grid(table, encoder.grid), encoder.grid)
+    source = stored_grid(table, encoder.patch_size, encoder.img_size)
+    state["decoder_pos_embed"] = resize_positions(table, source, encoder.grid)
     fill(decoder, state, path)
     return decoder
 
@@ -485,13 +474,13 @@ def star(x, y):
 
 
 SHAPES = {                              # below zero inside the shape, in units of its radius, y pointing down
-    "disc": lambda x, y: torch.hypot(x, y) - 0.82,
+    "disc": lambda x, y: x.hypot(y) - 0.82,
     "square": lambda x, y: box(x, y, 0.74, 0.74),
     "triangle": lambda x, y: torch.maximum(y, 0.866 * x.abs() - 0.5 * y) - 0.54,
     "star": star,
     "cross": lambda x, y: torch.minimum(box(x, y, 0.3, 0.95), box(x, y, 0.95, 0.3)),
-    "ring": lambda x, y: (torch.hypot(x, y) - 0.66).abs() - 0.21,
-    "crescent": lambda x, y: torch.maximum(torch.hypot(x, y) - 0.95, 0.7 - torch.hypot(x - 0.48, y)),
+    "ring": lambda x, y: (x.hypot(y) - 0.66).abs() - 0.21,
+    "crescent": lambda x, y: torch.maximum(x.hypot(y) - 0.95, 0.7 - (x - 0.48).hypot(y)),
     "heart": lambda x, y: torch.minimum(
         0.707 * (x.abs() + y.abs()), torch.hypot(x.abs() - 0.4, y + 0.4)) - 0.57,
     "arrow": lambda x, y: torch.minimum(
@@ -554,7 +543,7 @@ def draw_scenes(ids, size=64, seed=0):
     return image.clamp_(0, 1).mul_(255).round_().byte(), label, opacity > 0.5
 
 
-class Images(torch.utils.data.TensorDataset):
+class Images(TensorDataset):
     """A dataset in memory: images uint8 (M, C, H, W), targets (M,) with −1 for unknown, names of the
     classes, and foreground masks bool (M, H, W) where they are known. Training keeps all of it on the
     device."""
@@ -594,7 +583,13 @@ def read_image(path):
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
-class ImageFolder(torchvision.datasets.ImageFolder):
+def is_image(path):
+    """→ whether this is a file, not a pipe or a device, whose ending is known to be an image's."""
+    endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
+    return os.path.splitext(path)[1].lower() in endings and os.path.isfile(path)
+
+
+class ImageFolder(torchvision.datasets.DatasetFolder):
     """All image files below a folder. Its sub-folders are the classes; if there are images beside them, or
     fewer than two sub-folders, all labels are −1. A validation folder takes over the `classes` of the
     training folder. The next image stands in for an unreadable one."""
@@ -602,68 +597,57 @@ class ImageFolder(torchvision.datasets.ImageFolder):
     mean, std = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]    # ImageNet's
 
     def __init__(self, root, classes=None):
-        self.given = classes
-        self.skipped = Counter()
-        super().__init__(root, loader=read_image, is_valid_file=self.is_image, allow_empty=True)
-        print(f"{len(self)} images in {root}; files skipped: {dict(self.skipped)}", flush=True)
+        self.classes = classes
+        super().__init__(root, read_image, is_valid_file=is_image, allow_empty=True)
+        skipped = Counter(os.path.splitext(name)[1] for folder, _, names in os.walk(root, followlinks=True)
+                          for name in names if not is_image(f"{folder}/{name}"))
+        print(f"{len(self)} images in {root}; files skipped: {dict(skipped)}", flush=True)
         if not self.samples:
             raise UserError(f"there is no image in {root} or below it")
 
-    def is_image(self, path):
-        ending = os.path.splitext(path)[1].lower()
-        known = ending in (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif") and os.path.isfile(path)
-        self.skipped.update([] if known else [ending])
-        return known
-
     def find_classes(self, root):
-        entries = list(os.scandir(root))
-        folders = sorted(entry.name for entry in entries if entry.is_dir())
-        loose = [entry for entry in entries if entry.is_file() and self.is_image(entry.path)]
-        if loose or len(folders) < 2:
+        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        if len(folders) < 2 or any(map(is_image, os.scandir(root))):
             return [], {".": -1}                                      # everything below the folder
-        classes = self.given or folders
+        classes = self.classes or folders
         unknown = set(folders) - set(classes)
         if unknown:
             raise UserError(f"{root} has classes without training images: {unknown}")
         return classes, {name: k for k, name in enumerate(classes)}
 
     def __getitem__(self, index):
-        for i in range(index, index + 20):
-            path, label = self.samples[i % len(self)]
-            try:
-                return read_image(path), label
-            except Exception as error:                                # Pillow raises a dozen kinds
-                print(f"unreadable, the next image stands in: {path}: {error}", file=sys.stderr, flush=True)
-        raise UserError(f"20 images in a row are unreadable, the last is {path}")
+        try:
+            return super().__getitem__(index)
+        except Exception as error:                                    # Pillow raises a dozen kinds
+            print(f"the next image stands in for {self.samples[index]}: {error}", file=sys.stderr, flush=True)
+            return self[(index + 1) % len(self)]
 
 
-IN_MEMORY = {                                                         # our names: torchvision's
-    "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100", "stl10": "STL10"}
-DECODED = {
-    "imagenette": "Imagenette", "flowers102": "Flowers102", "food101": "Food101", "pets": "OxfordIIITPet"}
-SPLITS = {"stl10": ("train+unlabeled", "test"), "imagenette": ("train", "val"), "pets": ("trainval", "test")}
+SPLITS = {                                # where the parts are not called "train" and "test"
+    "STL10": ("train+unlabeled", "test"), "Imagenette": ("train", "val"), "OxfordIIITPet": ("trainval", "test")}
 
 
-def torchvision_dataset(name, root, train):
-    """→ torchvision's dataset of this name, downloaded to root if need be. Raises UserError if that fails."""
-    split = SPLITS.get(name, ("train", "test"))[0 if train else 1]
-    options = {"split": split} if name in SPLITS or name in DECODED else {"train": train}
+def torchvision_datasets(name, root):
+    """→ torchvision's training and test images of this name ("cifar10", "fashion-mnist", …), downloaded to
+    root if need be. Raises UserError if there is no such dataset, or it cannot be had."""
+    names = {known.lower(): known for known in torchvision.datasets.__all__}
+    known = names.get(name.replace("-", "").lower())
+    if known is None:
+        raise UserError(f"--data {name} is neither a folder nor one of torchvision's datasets")
+    make = getattr(torchvision.datasets, known)
+    option, values = "split", SPLITS.get(known, ("train", "test"))
+    if "train" in inspect.signature(make).parameters:
+        option, values = "train", (True, False)
     try:
-        make = getattr(torchvision.datasets, (IN_MEMORY | DECODED)[name])
-        dataset = make(root, download=True, transform=v2.PILToTensor(), **options)
-    except (RuntimeError, OSError) as error:
+        return [make(root, download=True, transform=v2.PILToTensor(), **{option: value}) for value in values]
+    except (RuntimeError, OSError, TypeError) as error:
         raise UserError(f"{name} is not whole in {root}, and downloading it failed: {error}")
-    if name in DECODED:
-        return dataset
-    images, labels = zip(*dataset)
-    return Images(torch.stack(images), labels, dataset.classes)
 
 
 def labels_of(dataset):
     """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of
     labels."""
-    for name in ("targets", "_labels"):                               # torchvision uses both
+    for name in ("targets", "labels", "_labels"):                     # torchvision uses all three
         if hasattr(dataset, name):
             return torch.as_tensor(getattr(dataset, name))
     return torch.tensor([dataset[i][1] for i in range(len(dataset))])
@@ -673,19 +657,15 @@ def open_data(args):
     """--data → (training dataset, validation dataset or None). Raises UserError if there is no such data."""
     if args.data is None:
         size = min(to_pair(args.size or 64))
-        count, val_count = (min(number, args.limit or number) for number in (20_000, 4_000))
-        return Scenes(count, size, args.seed), Scenes(val_count, size, args.seed, first=1 << 40)
-    if args.data in IN_MEMORY or args.data in DECODED:
-        return [torchvision_dataset(args.data, args.root, train) for train in (True, False)]
+        val = Scenes(args.limit or 4_000, size, args.seed, first=1 << 40)
+        return Scenes(args.limit or 20_000, size, args.seed), val
     if not os.path.isdir(args.data):
-        names = ", ".join([*IN_MEMORY, *DECODED])
-        raise UserError(f"--data {args.data} is neither a folder nor one of {names}")
-    if not os.path.isdir(f"{args.data}/train"):
+        return torchvision_datasets(args.data, args.root)
+    folder, val_folder = f"{args.data}/train", f"{args.data}/val"
+    if not os.path.isdir(folder):
         return ImageFolder(args.data), None
-    train = ImageFolder(f"{args.data}/train")
-    if not os.path.isdir(f"{args.data}/val"):
-        return train, None
-    return train, ImageFolder(f"{args.data}/val", train.classes)
+    train = ImageFolder(folder)
+    return train, ImageFolder(val_folder, train.classes) if os.path.isdir(val_folder) else None
 
 
 def prepare_data(args, run, train=None, val=None):
@@ -706,14 +686,14 @@ def prepare_data(args, run, train=None, val=None):
 
     # Left open, the size is the images' own, cut to what divides into patches. Files differ in size: they
     # become squares that this machine can handle.
-    height, width = to_pair(args.size or image.shape[1:])
-    if args.size is None and args.data is not None and not isinstance(train, Images):
-        height = width = min(height, width, 224 if run.device.type == "cuda" else 64)
+    sides = to_pair(args.size or image.shape[1:])
+    if args.data is not None and args.size is None:
+        sides = to_pair(min(*sides, 224 if run.device.type == "cuda" else 64))
     if args.patch is None:                                        # the shorter side: about 12 patches at most
-        args.patch = next((patch for patch in (4, 8) if min(height, width) // patch <= 12), 16)
+        args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), 16)
     if args.size is None:
-        height, width = height // args.patch * args.patch, width // args.patch * args.patch
-    args.size = (height, width)
+        sides = [side - side % args.patch for side in sides]
+    args.size = tuple(sides)
 
     if args.mean is None and hasattr(train, "mean"):
         args.mean, args.std = train.mean, train.std
@@ -722,19 +702,20 @@ def prepare_data(args, run, train=None, val=None):
         args.mean, args.std = pixels.mean(dim=1).tolist(), pixels.std(dim=1).clamp(min=1).tolist()
     if len(args.mean) != args.in_chans:
         raise UserError(f"the images have {args.in_chans} channels; --mean or --init is for {len(args.mean)}")
-    return in_memory(train, run), in_memory(val, run)
+
+    # Small images are read once and for all.
+    if args.data is None or max(args.size) > 96 or len(train) * math.prod(args.size) > 500_000_000:
+        return train, val
+    return in_memory(train, run), val and in_memory(val, run)
 
 
-def in_memory(dataset, run, limit=1_000_000_000):
-    """→ a folder of images that are small at --size, read once and for all; any other dataset as it is."""
-    size = run.args.size
-    if not isinstance(dataset, ImageFolder) or max(size) > 96 or 3 * math.prod(size) * len(dataset) > limit:
-        return dataset
+def in_memory(dataset, run):
+    """→ the images of a dataset at --size, in memory."""
     run.print(f"reading {len(dataset)} images into memory")
     plan = ((ids, 0) for ids in spread(len(dataset)).split(100))
-    parts = list(file_batches(dataset, plan, run, view_transform(run.args, train=False)))
-    images, labels = (torch.cat(part).cpu() for part in zip(*parts))
-    return Images(images, labels, dataset.classes)
+    parts = zip(*file_batches(dataset, plan, run, view_transform(run.args, train=False)))
+    images, labels = map(torch.cat, parts)
+    return Images(images, labels, getattr(dataset, "classes", range(labels.max() + 1)))
 
 
 def spread(count, limit=None):
@@ -763,24 +744,30 @@ def training_plan(ids, run, times=1):
         for i in range(run.accumulate):
             # The number of this micro-batch among all micro-batches of the epoch, on all processes.
             turn = (place * run.world + run.rank) * run.accumulate + i
-            chosen = torch.arange(turn * size, (turn + 1) * size) % len(ids)
-            yield order[chosen], seed_for(run.args.seed, epoch, turn)
+            places = turn * size + torch.arange(size)
+            yield order[places % len(ids)], seed_for(run.args.seed, epoch, turn)
 
 
 def view_transform(args, train, augment=None):
     """→ what is done to an image: a random crop and flip for training, then `augment`; for evaluation the
-    centre."""
-    bicubic = v2.InterpolationMode.BICUBIC
-    if train:
-        crop = v2.RandomResizedCrop(args.size, (args.crop, 1.0), interpolation=bicubic)
-        flip = v2.RandomHorizontalFlip(0.5 * args.flip)
-        return v2.Compose([crop, flip, augment or v2.Identity()])
-    # As in the paper, the shorter side becomes 256 pixels for a crop of 224. A 1×20,000 image stays small.
-    side = round(min(args.size) * max(1, 256 / max(224, min(args.size))))
-    return v2.Compose([v2.Resize(side, bicubic, max_size=8 * side), v2.CenterCrop(args.size)])
+    middle."""
+    if not train:
+        return functools.partial(middle, size=args.size)
+    crop = v2.RandomResizedCrop(args.size, (args.crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    return v2.Compose([crop, v2.RandomHorizontalFlip(0.5 * args.flip), augment or v2.Identity()])
 
 
-class View(torch.utils.data.Dataset):
+def middle(image, size):
+    """image (C, H, W) → its middle (C, *size). As in the paper, seven eighths of the shorter side are seen,
+    and all of it by models for more than 224 pixels."""
+    scale = min(image.shape[1] / size[0], image.shape[2] / size[1])
+    if min(size) <= 224:
+        scale *= 0.875
+    image = v2.functional.center_crop(image, [max(1, round(scale * side)) for side in size])
+    return v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
+
+
+class View(Dataset):
     """A dataset seen through a transform: view[i, seed] → image (C, h, w), label, seed. Random numbers
     depend on the seed and on i alone, whichever worker process reads the image."""
 
@@ -804,26 +791,24 @@ def ignore_signals(worker):
 def file_batches(dataset, plan, run, transform):
     """Worker processes read and crop the images of the next batches while the device computes with this
     one."""
-    loader = torch.utils.data.DataLoader(
+    loader = DataLoader(
         View(dataset, transform),
         batch_sampler=([(i, seed) for i in ids.tolist()] for ids, seed in plan),
-        num_workers=run.workers, worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda")
+        num_workers=run.args.workers, worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda")
     for images, labels, seeds in loader:
         torch.manual_seed(seeds[0].item())
-        yield images.to(run.device, non_blocking=True), labels.to(run.device, non_blocking=True)
+        yield images, labels
 
 
 def memory_batches(dataset, plan, run, transform):
     """A dataset in memory moves to the device once, as uint8. For speed eight images are cropped at a time,
     all in the same way [not in the paper]. Foreground masks come along as one more channel."""
-    pixels = dataset.images.to(run.device)
+    pixels, targets = dataset.images.to(run.device), dataset.targets.to(run.device)
     if dataset.masks is not None:
         masks = 255 * dataset.masks[:, None].byte().to(run.device)
         pixels = torch.cat([pixels, masks], dim=1)
-    targets = dataset.targets.to(run.device)
     for ids, seed in plan:
         torch.manual_seed(seed)
-        ids = ids.to(run.device, non_blocking=True)
         yield torch.cat([transform(part) for part in pixels[ids].split(8)]), targets[ids]
 
 
@@ -833,36 +818,38 @@ def batches(dataset, plan, run, train=False, augment=None):
     the seed. train: with random crops and flips; augment: uint8 image → uint8 image, after these, in worker
     processes."""
     args, channels = run.args, len(run.args.mean)
-    mean = torch.tensor(args.mean, device=run.device)[:, None, None]
-    std = torch.tensor(args.std, device=run.device)[:, None, None]
+    mean, std = torch.tensor([args.mean, args.std], device=run.device)[..., None, None]
     source, transform = file_batches, view_transform(args, train, augment)
     if isinstance(dataset, Images) and augment is None:
         source = memory_batches
         if not train:
             transform = v2.Resize(args.size)                          # all of the image
     for images, labels in source(dataset, plan, run, transform):
+        images = images.to(run.device, non_blocking=True)
+        labels = labels.to(run.device, non_blocking=True)
         masks = images[:, -1] > 127 if images.shape[1] > channels else None
         yield (images[:, :channels].float() - mean) / std, labels, masks
 
 
 def to_pixels(images, args):
     """Normalised images (B, C, H, W) → uint8, on the CPU."""
-    mean, std = torch.tensor(args.mean)[:, None, None], torch.tensor(args.std)[:, None, None]
+    mean, std = torch.tensor([args.mean, args.std])[..., None, None]
     return (images.float().cpu() * std + mean).clamp(0, 255).byte()
 
 
 def save_image_rows(path, rows):
-    """Writes a PNG. rows: {title: uint8 images (n, C, H, W)}, all of one n; each row stands under its
+    """Writes a PNG. rows: {title: uint8 images (n, C, H, W)}, all of one shape; each row stands under its
     title. Of images with other than 1 or 3 channels the first is shown."""
-    strips = []
-    for title, images in rows.items():
-        images = images if images.shape[1] == 3 else images[:, :1]
-        images = F.interpolate(images, scale_factor=max(1, 128 // images.shape[3]))  # small images, larger
-        strip = torchvision.utils.make_grid(images, nrow=len(images), padding=4, pad_value=255)
-        strip = v2.functional.to_pil_image(F.pad(strip, (0, 0, 24, 0), value=255))
-        ImageDraw.Draw(strip).text((4, 4), title, "black", ImageFont.load_default(15))
-        strips.append(np.asarray(strip))
-    Image.fromarray(np.concatenate(strips)).save(path)
+    images = torch.cat([*rows.values()])
+    images = images if images.shape[1] == 3 else images[:, :1]
+    images = F.interpolate(images, scale_factor=max(1, 128 // images.shape[3]))  # small images, larger
+    gap, columns = 24, len(images) // len(rows)
+    grid = torchvision.utils.make_grid(images, columns, padding=gap, pad_value=255)
+    canvas = v2.functional.to_pil_image(grid)
+    for k, title in enumerate(rows):
+        place = (gap, 3 + k * (images.shape[2] + gap))
+        ImageDraw.Draw(canvas).text(place, title, "black", ImageFont.load_default(15))
+    canvas.save(path)
 
 
 # ------------------------------------------------------------------------------------------------------ run
@@ -910,44 +897,37 @@ class Run:
     the folder holds a run."""
 
     def __init__(self, args):
-        # torchrun starts a script several times; these variables tell each process which one it is.
         self.args = args
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        precision, backend = "fp32", "gloo"
-        if self.device.type == "cuda":
-            if self.local_rank >= torch.cuda.device_count():
-                raise UserError(f"there is no GPU number {self.local_rank}: fewer processes, or --device cpu")
-            self.device = torch.device("cuda", self.local_rank)
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")                # TF32 for what stays float32
-            # bf16 has the range of float32. fp16 has not: small gradients vanish in it unless they are
-            # scaled.
-            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-            backend = "cpu:gloo,cuda:nccl"
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group(backend, timeout=timedelta(hours=2))
-        precision = args.precision or precision
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        self.autocast = torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
-        self.workers = args.workers
-        if args.workers is None:
-            self.workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-        # --batch images a step, over all processes. Each takes its part in micro-batches; gradients add up.
-        part = args.batch // self.world
-        divisors = [size for size in range(1, min(part, 256) + 1) if part % size == 0]
-        self.micro_batch = args.micro_batch or max(divisors, default=1)
-        self.accumulate = part // self.micro_batch
-        if self.world * self.accumulate * self.micro_batch != args.batch:
-            raise UserError(f"--batch {args.batch} does not divide into {self.world} × micro-batches")
         if os.path.exists(f"{args.out}/args.json") and not args.resume and not args.overwrite:
             raise UserError(f"{args.out} holds a run: --resume continues it, --overwrite replaces it")
         self.step, self.seconds, self.signal = 0, 0.0, 0
         self.sums, self.numbers, self.history = {}, {}, []
+
+        # torchrun starts a script several times; these variables tell each process which one it is.
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group(timeout=timedelta(hours=2))
+        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+        # bf16 has the range of float32. fp16 has not: small gradients vanish in it unless they are scaled.
+        precision = "fp32"
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.local_rank)
+            torch.set_float32_matmul_precision("high")                # TF32 for what stays float32
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        precision = args.precision or precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+        # --batch images a step, over all processes. Each takes its part in micro-batches; gradients add up.
+        self.accumulate = math.ceil(args.batch / self.world / (args.micro_batch or 256))
+        self.micro_batch = args.batch // (self.world * self.accumulate)
+        if self.world * self.accumulate * self.micro_batch != args.batch:
+            raise UserError(
+                f"--batch {args.batch} does not divide into {self.world} × {self.accumulate} micro-batches")
 
     def print(self, text):
         """Prints, from process 0 alone. A closed terminal or pipe does not end the run."""
@@ -977,7 +957,7 @@ class Run:
         optimizers that make up a checkpoint, OUT/last.pt. From here on the folder belongs to this run."""
         args, self.parts = self.args, parts
         self.steps_per_epoch = max(1, count // args.batch)
-        if args.epochs is None:                                      # the preset says how many steps it takes
+        if args.epochs is None:                                       # the preset says how many steps it takes
             args.epochs = math.ceil(args.updates / self.steps_per_epoch)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = self.total_steps / 10
@@ -992,28 +972,26 @@ class Run:
         if self.rank == 0:
             self.claim_folder()
         if count:
-            peak = args.lr * args.batch / 256
             self.print(f"{count} images, {self.total_steps} steps of {args.batch} on {self.world} × {self.device}; "
-                       f"peak learning rate --lr × batch / 256 = {peak:.2g}")
-        if count and self.total_steps < 300:
-            self.print("fewer than 300 steps: enough for a try, too few to judge the method by")
+                       f"peak learning rate --lr × batch / 256 = {args.lr * args.batch / 256:.2g}")
+            if self.total_steps < 300:
+                self.print("fewer than 300 steps: enough for a try, too few to judge the method by")
 
     def claim_folder(self):
         """Removes what an older run left, and writes OUT/args.json: options, versions, device and commit."""
-        folder = pathlib.Path(self.args.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("args.json", "last.pt", "best.pt", "log.jsonl"):
-            if name == "args.json" or not self.args.resume:
-                (folder / name).unlink(missing_ok=True)
-        code = pathlib.Path(__file__).parent
-        git = subprocess.run(["git", "-C", code, "rev-parse", "HEAD"], capture_output=True, text=True)
+        args = self.args
+        os.makedirs(args.out, exist_ok=True)
+        _, commit = subprocess.getstatusoutput(f"git -C '{pathlib.Path(__file__).parent}' rev-parse HEAD")
+        on_gpu = self.device.type == "cuda"
         made_with = dict(
-            torch=torch.__version__, cuda=torch.version.cuda, python=sys.version, commit=git.stdout.strip(),
-            device_name=platform.machine())
-        if self.device.type == "cuda":
-            made_with["device_name"] = torch.cuda.get_device_name()
-        with open(folder / "args.json", "x") as file:                 # x: of two runs at once, one fails here
-            json.dump(vars(self.args) | made_with, file, indent=1)
+            torch=torch.__version__, cuda=torch.version.cuda, python=sys.version, commit=commit,
+            device_name=torch.cuda.get_device_name() if on_gpu else platform.machine())
+        # "x" fails if there is such a file: of two runs that start at once, one is refused.
+        with open(f"{args.out}/args.json", "w" if args.resume or args.overwrite else "x") as file:
+            json.dump(vars(args) | made_with, file, indent=1)
+        if not args.resume:
+            for name in ("last.pt", "best.pt", "log.jsonl"):
+                pathlib.Path(args.out, name).unlink(missing_ok=True)
 
     def log(self, **values):
         """Values for the epoch's line in log.jsonl: of tensors the mean over the epoch's micro-batches,
@@ -1038,77 +1016,75 @@ class Run:
             values["args"] = vars(self.args)
             write_atomically(f"{self.args.out}/{name}", lambda file: torch.save(values, file))
 
-    def steps(self):
-        """Yields the numbers of the steps still to do. Between two steps it prints, logs and saves. After
-        SIGTERM, SIGHUP or Ctrl-C it saves and stops when the step is done; a second Ctrl-C stops at
-        once."""
-        def stop(number, frame):
-            if self.signal and number == signal.SIGINT and time.monotonic() > self.asked_at + 1:
-                raise KeyboardInterrupt
-            if not self.signal:
-                self.signal, self.asked_at = number, time.monotonic()
-                self.print("stopping after this step; Ctrl-C again stops at once, without saving")
-
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        handlers = [signal.signal(number, stop) for number in numbers]
-        self.began = self.saved_at = self.mark_time = time.monotonic()
-        self.printed_at = self.began - 7
-        self.mark_step, self.next_look, self.save_every = self.step, self.step, 30
-        try:
-            while self.step < self.total_steps:
-                yield self.step
-                self.step += 1
-                self.after_step()
-        finally:
-            for number, handler in zip(numbers, handlers):
-                signal.signal(number, handler)
-
     def ends_epoch(self, step, cost):
         """→ whether to evaluate `cost` images after this step: at the end of an epoch, or of several if
         they are short."""
         epochs = math.ceil(cost / (self.steps_per_epoch * self.args.batch))
         return (step + 1) % (epochs * self.steps_per_epoch) == 0 or step + 1 == self.total_steps
 
+    def steps(self):
+        """Yields the numbers of the steps still to do. Between two steps it prints, logs and saves. After
+        SIGTERM, SIGHUP or Ctrl-C it saves and stops when the step is done; a second one stops at once."""
+        def stop(number, frame):
+            now = time.monotonic()
+            if not self.signal:
+                self.signal, self.stopped_at = number, now
+                self.print("stopping after this step; Ctrl-C again stops at once, without saving")
+            elif now > self.stopped_at + 1:                           # torchrun sends a Ctrl-C twice
+                raise KeyboardInterrupt
+
+        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # not on Windows
+        handlers = {number: signal.signal(number, stop) for number in numbers}
+        self.looked_at = time.monotonic()
+        self.began, self.save_at = self.looked_at - self.seconds, self.looked_at + 30
+        try:
+            while self.step < self.total_steps:
+                yield self.step
+                self.step += 1
+                self.after_step()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
     def after_step(self):
-        # About once a second, and at an epoch's end, the processes put together what each knows, so that
-        # all decide alike: the loss, the seconds a step takes, whether someone was told to stop, the
-        # seconds since saving.
-        ends_epoch = self.step % self.steps_per_epoch == 0
-        if self.step < self.next_look and not ends_epoch:
-            return
-        now = time.monotonic()
-        done = (self.step - 1) % self.steps_per_epoch + 1             # steps of this epoch
-        means = {name: (value / done).tolist() for name, value in self.sums.items()}
-        pace = (now - self.mark_time) / (self.step - self.mark_step)
-        facts = torch.tensor([means["loss"], pace, self.signal, now - self.saved_at]) / self.world
+        # If one process is to stop, or has waited for eight seconds, all look. An epoch ends in all at once.
+        facts = torch.tensor([self.signal, time.monotonic() - self.looked_at])
         if self.world > 1:
-            dist.all_reduce(facts)
-        means["loss"], pace, stop, unsaved = facts.tolist()
-        self.next_look = self.step + max(1, round(1 / pace))
+            dist.all_reduce(facts, dist.ReduceOp.MAX)
+        stop, waited = facts.tolist()
+        ends_epoch = self.step % self.steps_per_epoch == 0
+        if not (stop or ends_epoch or waited > 8):
+            return
+
+        # The mean of each logged value over the epoch so far, and over all processes.
+        done = (self.step - 1) % self.steps_per_epoch + 1
+        means = {}
+        for name, value in self.sums.items():
+            mean = value / (done * self.world)
+            if self.world > 1:
+                dist.all_reduce(mean)
+            means[name] = mean.tolist()
         if not math.isfinite(means["loss"]):
             raise UserError(f"the loss is {means['loss']} at step {self.step}: try a lower --lr, a longer "
                             f"--warmup or --precision fp32. {self.args.out}/last.pt is from before")
 
-        last = self.step == self.total_steps
-        seconds = self.seconds + now - self.began
-        if last or now > self.printed_at + (2 if ends_epoch else 10):
-            self.printed_at = now
-            numbers = "  ".join(f"{name} {value:.3g}" for name, value in self.numbers.items())
-            left = timedelta(seconds=round(pace * (self.total_steps - self.step)))
-            self.print(f"epoch {self.step / self.steps_per_epoch:.1f}/{self.args.epochs}  "
-                       f"step {self.step}/{self.total_steps}  loss {means['loss']:.4f}  {numbers}  "
-                       f"{self.args.batch / pace:.0f} images/s  {left} left")
+        # Speed is that of the whole run, with everything that takes time.
+        now = self.looked_at = time.monotonic()
+        seconds = now - self.began
+        line = dict(
+            step=self.step, epoch=round(self.step / self.steps_per_epoch, 2), **means, **self.numbers,
+            images_per_s=round(self.args.batch * self.step / seconds, 1), seconds=round(seconds, 1))
+        left = timedelta(seconds=round(seconds / self.step * (self.total_steps - self.step)))
+        text = "  ".join(f"{name} {value:.5g}" for name, value in line.items() if not isinstance(value, list))
+        self.print(f"{text}  left {left}")
         if ends_epoch:
-            self.write_log(
-                step=self.step, epoch=self.step // self.steps_per_epoch, **means, **self.numbers,
-                images_per_s=round(self.args.batch / pace, 1), seconds=round(seconds, 1))
-            self.sums, self.numbers, self.mark_time, self.mark_step = {}, {}, now, self.step
-        if stop or last or unsaved > self.save_every:
+            self.write_log(**line)
+            self.sums, self.numbers = {}, {}
+        if stop or self.step == self.total_steps or now > self.save_at:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
             self.save(
                 "last.pt", **parts, step=self.step, seconds=seconds, sums=self.sums, history=self.history)
-            self.saved_at = time.monotonic()
-            self.save_every = max(30, 50 * (self.saved_at - now))     # saving takes 2 % of the time at most
+            self.save_at = now + max(30, 50 * (time.monotonic() - now))  # saving takes 2 % of the time at most
         if stop:
             self.print(f"stopped and saved at step {self.step}: the same command with --resume goes on")
             raise SystemExit(128 + self.signal)
@@ -1127,12 +1103,11 @@ def entry(main):
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except SystemExit as stop:
-        code = stop.code
+        code = stop.code or 0
     if message:
-        time.sleep(3 if int(os.environ.get("RANK", 0)) else 0)        # process 0 says it first
-        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        os._exit(code or 0)                                           # other processes may have gone already
+        os._exit(code)                                                # other processes may have gone already
     sys.exit(code)
 
 
@@ -1149,17 +1124,11 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the value that will be used to an option's help, if it is known before the data are."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def shared_options(description):
     """→ a parser with the options that mean the same in every script. A script adds its own and calls
     `parse_args`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=Help, add_help=False)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, add_help=False)
     switch = argparse.BooleanOptionalAction
     count, whole, amount = number(int, 1), number(int, 0), number(float, 0)
     add = parser.add_argument
@@ -1185,9 +1154,9 @@ def shared_options(description):
     add("--flip", action=switch, default=True, help="flip images at random")
     add("--mean", type=float, nargs="+", help="mean of each channel, in pixel values 0 to 255")
     add("--std", type=amount, nargs="+", help="standard deviation of each channel, in pixel values")
-    add("--workers", type=whole, help="processes that read images, for each training process")
+    add("--workers", type=whole, default=min(8, os.cpu_count()), help="processes that read images, for each GPU")
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (at most 256)")
-    add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
+    add("--device", help="where to compute (cuda where there is one)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (GPU: bf16, CPU: fp32)")
     add("--compile", action=switch, help="torch.compile the model (on GPUs)")
     add("--checkpoint-blocks", action="store_true", help="less memory, a third slower: compute blocks twice")
@@ -1201,15 +1170,15 @@ MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "wo
 def kind_of_data(args):
     """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has 50,000
     files, and images of 100 pixels or more."""
-    count, side = 0, 0
-    for folder, _, names in os.walk(args.data or "scenes"):
+    if args.data is None:
+        return "scenes"
+    count, side = 0, math.inf
+    for folder, _, names in os.walk(args.data, followlinks=True):
         count += len(names)
         for name in names[:1]:
-            with contextlib.suppress(OSError), Image.open(f"{folder}/{name}") as image:
-                side = max(side, min(image.size))
-        if count > 50_000 and side >= 100:
-            return "imagenet"
-    return "scenes" if args.data is None else "small"
+            with contextlib.suppress(OSError):
+                side = min(Image.open(f"{folder}/{name}").size)
+    return "imagenet" if count > 50_000 and side >= 100 else "small"
 
 
 def parse_args(parser, script, preset, arguments=None):
@@ -1217,22 +1186,21 @@ def parse_args(parser, script, preset, arguments=None):
     with --resume all come from the run, and only some that do not change what is learned may be given
     anew."""
     args, _ = parser.parse_known_args(arguments)
+    out = args.out or f"runs/{script}"
     task = getattr(args, "task", None)
-    out = args.out or f"runs/{script}" + (f"-{task}" if task != parser.get_default("task") else "")
-    if args.resume:
-        saved = read_checkpoint(f"{out}/last.pt")["args"]
-        parser.set_defaults(**saved)
-    else:
-        parser.set_defaults(**preset(args, kind_of_data(args)))
+    evaluation = args.out is None and task != parser.get_default("task")
+    if evaluation:
+        out += f"-{task}"
+    values = preset(args, kind_of_data(args)) if not args.resume else read_checkpoint(f"{out}/last.pt")["args"]
+    parser.set_defaults(**values)
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(arguments)
-    if args.out is None and task != parser.get_default("task") and os.path.exists(f"{out}/log.jsonl"):
-        with open(f"{out}/log.jsonl") as file:                        # a finished evaluation may be replaced
-            args.overwrite = args.overwrite or '"task"' in file.read()
     args.out, args.script = out, script
-    if args.resume:
-        for name, value in saved.items():
-            if getattr(args, name, value) != value and name not in MAY_CHANGE:
-                raise UserError(f"the run in {out} has --{name.replace('_', '-')} {value}: leave it out")
-        args = argparse.Namespace(**(saved | vars(args)))
+
+    # A finished evaluation may be replaced.
+    if evaluation and os.path.exists(f"{out}/log.jsonl"):
+        args.overwrite = args.overwrite or '"task"' in pathlib.Path(out, "log.jsonl").read_text()
+    for name, value in values.items():
+        if args.resume and getattr(args, name) != value and name not in MAY_CHANGE:
+            raise UserError(f"the run in {out} has --{name.replace('_', '-')} {value}: leave it out")
     return args

@@ -75,20 +75,23 @@ def block_noise(batch, grid, device, rectangles=24):
     BEiT)."""
     # Like BEiT's, a rectangle covers 8 to 40 % of the patches, and its sides are in a ratio of 0.3 to
     # 1/0.3. It may reach over the border [not in the paper].
+    rows, columns = grid
     area, aspect, y, x = torch.rand(4, batch, rectangles, 1, 1, device=device)
-    area = grid[0] * grid[1] * (0.08 + 0.32 * area)
+    area = rows * columns * (0.08 + 0.32 * area)
     aspect = 0.3 ** (2 * aspect - 1)
-    row = torch.arange(grid[0], device=device)[:, None] + 0.5
-    column = torch.arange(grid[1], device=device) + 0.5
-    inside_rows = (row - grid[0] * y).abs() < (area * aspect).sqrt() / 2
-    inside_columns = (column - grid[1] * x).abs() < (area / aspect).sqrt() / 2
+    height, width = (area * aspect).sqrt(), (area / aspect).sqrt()
+    row = torch.arange(rows, device=device)[:, None] + 0.5
+    column = torch.arange(columns, device=device) + 0.5
+    inside_rows = (row - rows * y).abs() < height / 2
+    inside_columns = (column - columns * x).abs() < width / 2
     covered = inside_rows & inside_columns                            # (B, rectangles, h, w)
 
     # The first rectangle gets the highest numbers. The one that would hide too much is cut in reading
     # order, which makes the count exact [not in the paper].
-    rank = torch.arange(rectangles, 0, -1, device=device)[:, None, None]
-    order = torch.linspace(0, 0.9, grid[0] * grid[1], device=device)
-    return (covered * rank).amax(dim=1).flatten(1) + order
+    rank = torch.arange(rectangles, 0, -1, device=device)
+    covered = covered * rank[:, None, None]
+    order = torch.linspace(0, 0.9, rows * columns, device=device)
+    return covered.amax(dim=1).flatten(1) + order
 
 
 MASKINGS = {"random": random_noise, "grid": grid_noise, "block": block_noise}
@@ -231,10 +234,12 @@ def pretrain(args, train=None, val=None):
     args.decoder = decoder.config
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
     wrapped = run.wrap(model)                                         # on the device; compiled; DDP
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
+    groups = decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     ids = spread(len(train), args.limit)
-    run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
+    run.start(
+        len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)
     for step in run.steps():
         # Up in a straight line for --warmup epochs, then down half a cosine to zero (detail 6).
@@ -282,7 +287,8 @@ def draw(model, dataset, run, count=10):
     """Writes OUT/reconstruction.png: images, what the encoder sees of them, and what the decoder makes of
     that."""
     args = run.args
-    images, _, _ = next(batches(dataset, [(spread(len(dataset), count), args.seed)], run))
+    ids = spread(len(dataset), count)
+    images, _, _ = next(batches(dataset, [(ids, args.seed)], run))
     visible, filled = model.eval().reconstruct(images, args.mask_ratio)
     note = " (hidden patches with their true mean and contrast)" if model.norm_pixels else ""
     path = f"{args.out}/reconstruction.png"
@@ -303,19 +309,25 @@ def labelled_ids(dataset, limit=None, seed=0):
     """→ numbers (m,) of at most `limit` labelled images, in random order. Raises UserError if there are no
     two classes."""
     labels = labels_of(dataset).cpu() if dataset is not None else torch.zeros(0)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order] >= 0]
     if len(labels[order].unique()) < 2:
         raise UserError("this needs labelled images in train/CLASS and val/CLASS, or a torchvision dataset")
     return order[:limit]
 
 
-def few_of_each(dataset, ids, count):
-    """→ the first `count` ids of each class. Raises UserError if a class has fewer."""
+def training_ids(args, dataset):
+    """→ the labelled images to train on: with --labels so many of each class. Raises UserError if a class
+    has fewer."""
+    ids = labelled_ids(dataset, args.limit, args.seed)
+    if args.labels is None:
+        return ids
     labels = labels_of(dataset).cpu()[ids]
-    chosen = [ids[labels == k][:count] for k in labels.unique()]
-    if min(map(len, chosen)) < count:
-        raise UserError(f"--labels {count}: there is a class with {min(map(len, chosen))} images")
+    chosen = [ids[labels == k][:args.labels] for k in labels.unique()]
+    fewest = min(map(len, chosen))
+    if fewest < args.labels:
+        raise UserError(f"--labels {args.labels}: there is a class with {fewest} images")
     return torch.cat(chosen)
 
 
@@ -325,19 +337,26 @@ def class_names(dataset):
     return [str(name) for name in names]
 
 
+def in_parts(ids):
+    """→ a plan for `batches`: 250 images at a time."""
+    return [(part, 0) for part in ids.split(250)]
+
+
 @torch.no_grad()
 def extract_features(encoder, images, pool):
     """images (B, C, H, W) → features (B, D): the mean patch token [not in the paper], or for pool "token"
     the class token."""
     tokens = encoder.encode(encoder.embed(images)).float()            # (B, 1+N, D)
-    return tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1)
+    if pool == "token":
+        return tokens[:, 0]
+    return tokens[:, 1:].mean(dim=1)
 
 
 def all_features(encoder, dataset, ids, run):
     """→ features (m, D) and labels (m,) of these images."""
     features, labels = [], []
     encoder.eval()
-    for images, targets, _ in batches(dataset, [(part, 0) for part in ids.split(250)], run):
+    for images, targets, _ in batches(dataset, in_parts(ids), run):
         with run.autocast:
             features.append(extract_features(encoder, images, run.args.pool))
         labels.append(targets)
@@ -357,11 +376,17 @@ def linear(features, labels, queries, num_classes, ridge=10.0):
     """As `knn`, by the linear map that is nearest to the one-hot labels in least squares: a probe in closed
     form, which takes a second [not in the paper]."""
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
-    x = F.pad((features - mean) / std, (0, 1), value=1.0).double().cpu()  # (M, D+1), the last one for a bias
-    q = F.pad((queries - mean) / std, (0, 1), value=1.0).double().cpu()
+
+    def scaled(part):
+        """Every feature with mean 0 and spread 1, and a last one that is always 1, for a bias."""
+        part = F.pad((part - mean) / std, (0, 1), value=1.0)
+        return part.double().cpu()
+
+    x = scaled(features)                                              # (M, D+1)
+    penalty = ridge * torch.eye(x.shape[1])
     targets = F.one_hot(labels.cpu(), num_classes).double()
-    weights = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]), x.T @ targets)
-    return (q @ weights).to(queries.device)
+    weights = torch.linalg.solve(x.T @ x + penalty, x.T @ targets)
+    return (scaled(queries) @ weights).to(queries.device)
 
 
 def report(encoder, train, val, run):
@@ -369,7 +394,8 @@ def report(encoder, train, val, run):
     images, beside the features of an encoder that was not trained."""
     args, found = run.args, {}
     try:
-        ids, val_ids = labelled_ids(train, args.limit or 6000), labelled_ids(val, args.limit or 3000)
+        ids = labelled_ids(train, args.limit or 6000)
+        val_ids = labelled_ids(val, args.limit or 3000)
     except UserError:
         return run.print("the data have no labels, or no validation images: the features are not judged")
     chance = 1 / len(class_names(train))
@@ -380,32 +406,24 @@ def report(encoder, train, val, run):
         queries, truth = all_features(vit, val, val_ids, run)
         for method in (linear, knn):
             scores = method(features, labels, queries, len(class_names(train)))
-            found[f"{method.__name__}_{state}"] = (scores.argmax(dim=1) == truth).float().mean().item()
-    run.print(f"a linear classifier on the frozen features is right for {found['linear_trained']:.3f} of new images, "
-              f"before training for {found['linear_untrained']:.3f}, by chance for {chance:.3f}; nearest neighbours "
-              f"for {found['knn_trained']:.3f}, before training for {found['knn_untrained']:.3f}")
+            correct = scores.argmax(dim=1) == truth
+            found[f"{method.__name__}_{state}"] = correct.float().mean().item()
+    for name, method in (("linear", "a linear classifier"), ("knn", "a vote of the nearest neighbours")):
+        trained, untrained = found[name + "_trained"], found[name + "_untrained"]
+        run.print(f"{method} on the frozen features: accuracy {trained:.3f}, "
+                  f"before training {untrained:.3f}, by chance {chance:.3f}")
     run.write_log(step=run.step, **found)
 
 
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum for huge batches (appendix A.1, after 1708.03888): a weight matrix moves by a fixed
-    part of its own length, v ← momentum · v + g · trust · |w| / |g|, w ← w − lr · v. Biases take their
-    gradient as it is."""
-
-    def __init__(self, params, trust=0.001, momentum=0.9):
-        super().__init__(params, dict(lr=0.0, trust=trust, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                update = parameter.grad
-                if parameter.ndim > 1:
-                    ratio = group["trust"] * parameter.norm() / update.norm().clamp(min=1e-12)
-                    update = update * torch.where(parameter.norm() > 0, ratio, 1.0)
-                velocity = self.state[parameter].setdefault("velocity", torch.zeros_like(update))
-                velocity.mul_(group["momentum"]).add_(update)
-                parameter.sub_(group["lr"] * velocity)
+def lars(optimizer, args, kwargs, trust=0.001):
+    """Makes SGD with momentum the LARS of the linear probe (appendix A.1, after 1708.03888): before a step,
+    the gradient of a weight matrix gets the length trust · |w|, so that every matrix moves by the same part
+    of its own length."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.ndim > 1:                                    # biases take their gradient as it is
+                length = parameter.grad.norm().clamp(min=1e-12)
+                parameter.grad *= trust * parameter.norm() / length
 
 
 def layer_scale(name, depth, layer_decay):
@@ -427,20 +445,22 @@ def make_classifier(args, vit, names):
         if args.eval:
             raise UserError(f"{args.init} is no classifier of these classes: train one first, without --eval")
         vit.head = nn.Linear(vit.embed_dim, len(names))
-        nn.init.trunc_normal_(vit.head.weight, std=0.01 if args.task == "probe" else 2e-5)
+        std = 0.01 if args.task == "probe" else 2e-5
+        nn.init.trunc_normal_(vit.head.weight, std=std)
         nn.init.zeros_(vit.head.bias)
         vit.config["num_classes"] = len(names)
 
-    # The probe trains the head alone, behind a BatchNorm that has no weights. Fine-tuning trains
-    # everything, or with --train-blocks k the last k blocks, the norm and the head (section 4.3).
-    trained = [""]
+    # Fine-tuning trains everything, or with --train-blocks k the last k blocks, the norm and the head
+    # (section 4.3). The probe trains the head alone, behind a BatchNorm that has no weights.
+    trained = [""]                                                    # what every name begins with
     if args.train_blocks is not None:
-        depth = len(vit.blocks)
-        trained = ["head", "norm", "fc_norm", *(f"blocks.{depth - 1 - k}." for k in range(args.train_blocks))]
+        last = range(len(vit.blocks) - args.train_blocks, len(vit.blocks))
+        trained = ["head", "norm", "fc_norm", *(f"blocks.{k}." for k in last)]
     if args.task == "probe":
-        vit.head = nn.Sequential(nn.BatchNorm1d(vit.embed_dim, affine=False, eps=1e-6), vit.head)
+        norm = nn.BatchNorm1d(vit.embed_dim, affine=False, eps=1e-6)
+        vit.head = nn.Sequential(norm, vit.head)
         trained = ["head"]
-    for name, parameter in vit.named_parameters():               # "" trains positions too, as MAE's code does
+    for name, parameter in vit.named_parameters():
         parameter.requires_grad_(name.startswith(tuple(trained)))
 
 
@@ -458,24 +478,23 @@ def plain_state(vit):
 
 
 @torch.no_grad()
-def evaluate(classify, dataset, ids, run, names):
-    """classify: images (b, C, H, W) → scores (b, K). → top-1, top-5 and every class's accuracy, over the
-    images of all processes together."""
-    confusion = torch.zeros(len(names), len(names), device=run.device)  # truth in rows, answers in columns
-    top5 = torch.zeros(1, device=run.device)
-    plan = [(part, 0) for part in ids[run.rank::run.world].split(250)]
-    for images, labels, _ in batches(dataset, plan, run):
+def evaluate(classify, dataset, ids, run, num_classes):
+    """classify: images (b, C, H, W) → scores (b, K). → top-1, top-5 and the accuracy of every class, over
+    these images and all processes."""
+    totals = torch.zeros(3, num_classes, device=run.device)        # of each class: hits, hits in five, images
+    for images, labels, _ in batches(dataset, in_parts(ids[run.rank::run.world]), run):
         with run.autocast:
-            answers = classify(images).topk(min(5, len(names))).indices  # (b, 5)
-        ones = torch.ones(len(labels), device=run.device)
-        confusion.index_put_((labels, answers[:, 0]), ones, accumulate=True)
-        top5 += (answers == labels[:, None]).sum()
-    for counts in (confusion, top5):
-        if run.world > 1:
-            dist.all_reduce(counts)
-    per_class = confusion.diag() / confusion.sum(dim=1).clamp(min=1)
-    top1 = confusion.diag().sum().item() / len(ids)
-    return dict(top1=top1, top5=top5.item() / len(ids), class_accuracy=per_class.tolist())
+            answers = classify(images).topk(min(5, num_classes)).indices
+        hits = answers == labels[:, None]                             # (b, 5)
+        first, any_of_five = hits[:, 0], hits.any(dim=1)
+        counts = torch.stack([first, any_of_five, torch.ones_like(first)])
+        totals.index_add_(1, labels, counts.float())
+    if run.world > 1:
+        dist.all_reduce(totals)
+    shares = totals.sum(dim=1) / totals[2].sum()
+    top1, top5, _ = shares.tolist()
+    per_class = totals[0] / totals[2].clamp(min=1)
+    return dict(top1=top1, top5=top5, class_accuracy=per_class.tolist())
 
 
 def finish(run, result, names):
@@ -493,17 +512,18 @@ def classify(args, train=None, val=None):
     run = Run(args)
     options = {} if args.eval else dict(global_pool=args.pool, drop_path_rate=args.drop_path)
     model, train, val = prepare(args, run, train, val, **options)
-    ids, val_ids = labelled_ids(train, args.limit, args.seed), labelled_ids(val, args.limit)
-    if args.labels:
-        ids = few_of_each(train, ids, args.labels)
+    ids, val_ids = training_ids(args, train), labelled_ids(val, args.limit)
     args.classes = names = class_names(train)
     make_classifier(args, model, names)
     wrapped = run.wrap(model)
     if args.eval:
         run.start()
-        return finish(run, evaluate(model.eval(), val, val_ids, run, names), names)
-    optimizer = LARS(model.head.parameters())
-    if args.task == "finetune":
+        result = evaluate(model.eval(), val, val_ids, run, len(names))
+        return finish(run, result, names)
+    if args.task == "probe":
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9)
+        optimizer.register_step_pre_hook(lars)
+    else:
         def scale(name):
             return layer_scale(name, len(model.blocks), args.layer_decay)
 
@@ -524,7 +544,7 @@ def classify(args, train=None, val=None):
     erase = v2.RandomErasing(args.erasing, value="random")
 
     run.start(len(ids), encoder=model, optimizer=optimizer, scaler=run.scaler)
-    best = max((line.get("top1", 0.0) for line in run.history), default=0.0)
+    best = max([0.0, *(line.get("top1", 0.0) for line in run.history)])
     loader = batches(train, training_plan(ids, run), run, train=True, augment=augment)
     for step in run.steps():
         peak = args.lr * args.batch / 256
@@ -549,29 +569,29 @@ def classify(args, train=None, val=None):
         optimizer.zero_grad()
         run.log(lr=lr)
         if run.ends_epoch(step, cost=len(val_ids)):
-            result = evaluate(model.eval(), val, val_ids, run, names)
+            result = evaluate(model.eval(), val, val_ids, run, len(names))
             model.train()
             run.log(top1=result["top1"], top5=result["top5"])
             if result["top1"] >= best:
                 best = result["top1"]
                 run.save("best.pt", encoder=plain_state(model), top1=best, step=step + 1)
-    finish(run, evaluate(model.eval(), val, val_ids, run, names), names)
+    result = evaluate(model.eval(), val, val_ids, run, len(names))
+    finish(run, result, names)
 
 
 def nearest(args, train=None, val=None):
     """--task knn: a vote of the 20 nearest training images, by the features of the frozen encoder."""
     run = Run(args)
     encoder, train, val = prepare(args, run, train, val)
-    ids, val_ids, names = labelled_ids(train, args.limit), labelled_ids(val, args.limit), class_names(train)
-    if args.labels:
-        ids = few_of_each(train, ids, args.labels)
+    ids, val_ids = training_ids(args, train), labelled_ids(val, args.limit)
+    names = class_names(train)
     run.start()
     features, labels = all_features(encoder.to(run.device), train, ids, run)
 
     def vote(images):
         return knn(features, labels, extract_features(encoder, images, args.pool), len(names))
 
-    finish(run, evaluate(vote, val, val_ids, run, names), names)
+    finish(run, evaluate(vote, val, val_ids, run, len(names)), names)
 
 
 def reconstruct(args, train=None, val=None):
@@ -594,19 +614,31 @@ TASKS = {
 # number of steps.
 PRESETS = {
     "scenes": dict(
-        model="nano", decoder=dict(embed_dim=64, depth=2, num_heads=4), norm_pixels=False, pool="avg",
-        crop=1.0, updates=2500, batch=32, lr=1.6e-2),
+        model="nano",
+        decoder=dict(embed_dim=64, depth=2, num_heads=4),
+        norm_pixels=False, pool="avg", crop=1.0,
+        updates=2500, batch=32, lr=1.6e-2,
+    ),
     "scenes probe": dict(updates=800, batch=128, lr=80.0),
     "scenes finetune": dict(
-        updates=3000, batch=64, lr=4e-3, layer_decay=0.75, drop_path=0.1),
+        updates=3000, batch=64, lr=4e-3,
+        layer_decay=0.75, drop_path=0.1,
+    ),
     "imagenet": dict(
-        model="base", decoder=dict(embed_dim=512, depth=8, num_heads=16), norm_pixels=True, pool="avg",
-        size=[224], crop=0.2, epochs=800, batch=4096, lr=1.5e-4, warmup=40.0),
+        model="base", size=[224],
+        decoder=dict(embed_dim=512, depth=8, num_heads=16),
+        norm_pixels=True, pool="avg", crop=0.2,
+        epochs=800, batch=4096, lr=1.5e-4, warmup=40.0,
+    ),
     "imagenet probe": dict(
-        pool="token", epochs=90, batch=16384, lr=0.1, warmup=10.0, crop=0.08),
+        epochs=90, batch=16384, lr=0.1, warmup=10.0,
+        pool="token", crop=0.08,
+    ),
     "imagenet finetune": dict(
-        epochs=100, batch=1024, lr=5e-4, min_lr=1e-6, warmup=5.0, crop=0.08, layer_decay=0.65, drop_path=0.1,
-        label_smoothing=0.1, mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25),
+        epochs=100, batch=1024, lr=5e-4, min_lr=1e-6, warmup=5.0,
+        layer_decay=0.65, drop_path=0.1, label_smoothing=0.1,
+        mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25, crop=0.08,
+    ),
     "imagenet probe large": dict(epochs=50),
     "imagenet probe huge": dict(epochs=50),
     "imagenet finetune large": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
@@ -619,7 +651,9 @@ def preset(args, kind):
     model = args.model
     if args.init is not None and kind == "imagenet":                # the recipe depends on the encoder's size
         width = load_encoder(args.init).embed_dim
-        model = next((name for name, size in VITS.items() if size["embed_dim"] == width), None)
+        for name, size in VITS.items():
+            if size["embed_dim"] == width:
+                model = name
     base = kind.replace("small", "scenes")
     values = {}
     for row in (base, f"{base} {args.task}", f"{base} {args.task} {model}"):
@@ -636,7 +670,8 @@ def preset(args, kind):
 def options():
     """→ mae.py's parser."""
     parser = shared_options("Pre-trains a masked autoencoder, or judges an encoder (--task).")
-    fraction, alpha, switch = number(float, 0, 1), number(float, 0), argparse.BooleanOptionalAction
+    fraction, alpha = number(float, 0, 1), number(float, 0)
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("mae").add_argument
     add("--task", choices=TASKS, default="pretrain", help="what to do")
     add("--mask-ratio", type=fraction, default=0.75, help="part of the patches that is hidden (paper: 0.75)")

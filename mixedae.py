@@ -28,15 +28,17 @@ Details that matter
 2. Tokens are mixed, not pixels, after positions are added [not in the paper]. For whole patches it is the
    same, and a token keeps the position that it has in its image.
 3. K, the number of keys that a query sees, is the number of patches an image shows [from memory]. Each head
-   of every block chooses for itself [from memory]. The choice has no gradient.
+   of every block chooses for itself [from memory]. Keys that tie with the K-th are seen too. The choice has
+   no gradient.
 4. The class token sees every token and is seen by every one. It is not one of the K keys [not in the paper].
 5. Homologous attention has the parameters of plain attention, so the checkpoint holds a plain ViT, to be used
    with full attention.
 6. Segments are 0 on average over a group and start small, so that the encoder misses little when they are
    gone after pre-training [not in the paper]. The decoder gets none of its own [not in the paper].
 7. For decoding, all images of a group get the one class token of their mixture [not in the paper].
-8. Temperature 0.25, weight 0.1 and mix ratio 0.25 are [from memory]. The contrastive loss acts on the
-   encoder's output, after the last norm, without a projection head [not in the paper].
+8. Temperature 0.25, weight 0.1 and mix ratio 0.25 are [from memory]. The contrastive loss reads the encoder's
+   output through a projection head of two layers, which is thrown away [not in the paper]. Without it, the
+   features that a probe reads say which member of the group a token is, and little else.
 9. topk_accuracy leaves the query itself out. A query nearly always chooses itself, so that with it half of
    the keys seem right before any training.
 10. The images of a group are different ones, in random order [not in the paper].
@@ -67,10 +69,9 @@ def divide_places(noise, members, visible, turns=1):
     # turned until that part comes first, is what MAE calls ids_restore.
     rank = noise.argsort().argsort()[:, None]                               # (G, 1, N)
     member = torch.arange(members, device=noise.device)[:, None]            # (M, 1)
-    turned = [(rank - visible * (member + turn)) % noise.shape[1] for turn in range(turns)]
-    ids_restore = torch.cat(turned).flatten(0, 1)                           # (B, N)
-    mask = (ids_restore >= visible).float()
-    return ids_restore.argsort()[:, :visible], ids_restore, mask
+    turned = [rank - visible * (member + turn) for turn in range(turns)]
+    ids_restore = torch.cat(turned).flatten(0, 1) % noise.shape[1]          # (B, N)
+    return ids_restore.argsort()[:, :visible], ids_restore, (ids_restore >= visible).float()
 
 
 # ------------------------------------------------------------------------------------- homologous recognition
@@ -79,30 +80,30 @@ def homologous_pairs(scores, visible):
     """scores (…, N, N) of tokens, every `visible` in turn of one image → positive, bool (N, N): two different
     tokens of one image; different, bool (N, N): two different tokens."""
     token = torch.arange(scores.shape[-1], device=scores.device)
-    image = token // visible
     different = token[:, None] != token
-    return (image[:, None] == image) & different, different
+    return (token[:, None] // visible == token // visible) & different, different
 
 
 class HomologousAttention(Attention):
     """Self-attention in which each query sees only the top_k keys most similar to it, x (B, 1+N, D) → the
-    same shape. It has the parameters of plain attention (detail 5), and with top_k = N computes the same.
+    same shape. It takes over the parameters of a plain Attention (detail 5); with top_k = N it computes the
+    same.
 
     `accuracy` () is the part of the chosen keys that are of the query's image, if every `visible` tokens in
     turn are of one. The query itself is not counted (detail 9). By chance it is (visible − 1) / (N − 1).
     """
 
-    def __init__(self, embed_dim, num_heads, top_k, visible):
-        super().__init__(embed_dim, num_heads)
+    def __init__(self, plain, top_k, visible):
+        super().__init__(plain.proj.in_features, plain.num_heads)
+        self.load_state_dict(plain.state_dict())
         self.top_k = top_k
         self.visible = visible
 
     def choose(self, q, k):
         """Queries and keys (B, H, 1+N, D/H) → bool (B, H, 1+N, 1+N), true where a query sees a key."""
-        # The K highest scores of each query, among patches (detail 3).
+        # The K highest scores of each query, among patches (detail 3): all that are not below the K-th.
         scores = (q @ k.mT)[..., 1:, 1:]                                    # (B, H, N, N)
-        top = scores.topk(self.top_k).indices                               # (B, H, N, K)
-        seen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True)
+        seen = scores >= scores.topk(self.top_k).values[..., -1:]
 
         # How good is the choice? The network never sees this number.
         positive, different = homologous_pairs(scores, self.visible)
@@ -157,19 +158,21 @@ class MixedAE(nn.Module):
         self.visible = self.places // members                               # n
         if self.places % members:
             raise UserError(
-                f"{self.places} patches do not divide among {members} images: change --size, --patch or "
-                "--mix-ratio")
+                f"{self.places} patches do not divide among {members} images: see --size and --mix-ratio")
 
         # A vector for each member of a group (detail 6). A name that ends in _token is spared weight decay.
-        vectors = 0.1 * torch.randn(members, 1, encoder.embed_dim)
+        width = encoder.embed_dim                                           # D
+        vectors = 0.1 * torch.randn(members, 1, width)
         self.segments = nn.ParameterDict({"segment_token": vectors} if segments else {})
 
         # The encoder's weights, behind another attention (detail 5).
         top_k = self.visible if homologous else self.places
         for block in encoder.blocks:
-            attention = HomologousAttention(encoder.embed_dim, block.attn.num_heads, top_k, self.visible)
-            attention.load_state_dict(block.attn.state_dict())
-            block.attn = attention
+            block.attn = HomologousAttention(block.attn, top_k, self.visible)
+
+        # The contrastive loss reads tokens through a small head, which is thrown away with the decoder
+        # (detail 8).
+        self.projector = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, images, noise=None):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
@@ -177,23 +180,24 @@ class MixedAE(nn.Module):
 
         noise (G, N): divide the places of each group by it, instead of at random.
         """
-        # Every patch becomes a token with its position. Each image keeps the tokens at the places it owns
-        # (detail 2).
-        tokens = self.encoder.embed(images)                                 # (B, N, D)
+        # Divide the places of each group among its images. With `full` the images come once a turn.
         if noise is None:
             noise = torch.rand(len(images) // self.members, self.places, device=images.device)
         ids_keep, ids_restore, mask = divide_places(noise, self.members, self.visible, self.turns)
-        tokens = gather_tokens(tokens.repeat(self.turns, 1, 1), ids_keep)   # (B, n, D)
+        images = images.repeat(self.turns, 1, 1, 1)                         # (B, C, H, W)
+
+        # Every patch becomes a token with its position. Each image keeps the tokens at the places it owns
+        # (detail 2).
+        tokens = gather_tokens(self.encoder.embed(images), ids_keep)        # (B, n, D)
 
         # All tokens of an image get its segment: without it, only what patches look like could tell images
         # apart. Then the images of a group become one sequence, member after member.
         tokens = tokens.unflatten(0, (-1, self.members))                    # (G, M, n, D)
         for vectors in self.segments.values():                              # (M, 1, D)
             tokens = tokens + vectors - vectors.mean(dim=0)
-        tokens = tokens.flatten(1, 2)                                       # (G, N, D)
 
         # The encoder runs once for M images. Inside, each query chooses its keys (HomologousAttention).
-        latent = self.encoder.encode(tokens)                                # (G, 1+N, D), class token first
+        latent = self.encoder.encode(tokens.flatten(1, 2))                  # (G, 1+N, D), class token first
 
         # Un-mix: each image gets its tokens back, and a copy of the class token (detail 7). The decoder is
         # MAE's.
@@ -204,8 +208,8 @@ class MixedAE(nn.Module):
 
         # Two losses: MAE's, and one that asks for tokens of one image to be alike.
         values = dict(
-            reconstruction_loss=self.loss(images.repeat(self.turns, 1, 1, 1), prediction, mask),
-            contrastive_loss=contrastive_loss(latent[:, 1:], self.visible),
+            reconstruction_loss=self.loss(images, prediction, mask),
+            contrastive_loss=contrastive_loss(self.projector(latent[:, 1:]), self.visible),
             topk_accuracy=torch.stack([block.attn.accuracy for block in self.encoder.blocks]))
         loss = values["reconstruction_loss"] + self.contrastive_weight * values["contrastive_loss"]
         return loss, prediction, mask, values
@@ -230,25 +234,31 @@ def pretrain(args, train=None, val=None):
     members = round(1 / args.mix_ratio)
     if run.micro_batch % members:
         raise UserError(
-            f"micro-batches of {run.micro_batch} images do not divide into groups of {members}: change "
-            "--batch or --micro-batch")
+            f"micro-batches of {run.micro_batch} images do not divide into groups of {members}")
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
-    size = VITS[args.model] | dict(patch_size=args.patch)
-    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
     if args.init is not None:                                               # the decoder always starts anew
         encoder = load_encoder(args.init, img_size=args.size)
+    else:
+        size = VITS[args.model] | dict(patch_size=args.patch)
+        encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
     decoder = Decoder(encoder, **args.decoder)
     args.vit = encoder.config
     model = MixedAE(
-        encoder, decoder, args.norm_pixels, members, args.mixing == "full", args.segments,
-        args.homologous_attention, args.contrastive * args.contrastive_weight)
+        encoder,
+        decoder,
+        args.norm_pixels,
+        members,
+        args.mixing == "full",
+        args.segments,
+        args.homologous_attention,
+        args.contrastive * args.contrastive_weight)
     wrapped = run.wrap(model)                                               # on the device; compiled; DDP
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     ids = spread(len(train), args.limit)
     run.start(
-        len(ids), encoder=encoder, decoder=decoder, segments=model.segments,
+        len(ids), encoder=encoder, decoder=decoder, segments=model.segments, projector=model.projector,
         optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)
     for step in run.steps():
@@ -305,7 +315,7 @@ def draw(model, dataset, run):
     weights = attention.weights(inputs[0])                                  # (1, H, 1+N, 1+N)
     seen = attention.choose(*attention.project(inputs[0])[:2])
     for title, shown in (("all keys", weights), ("TopK", weights * seen)):
-        light = shown[0].mean(dim=0)[1::model.visible, 1:][:, order]      # (M, N)
+        light = shown[0].mean(dim=0)[1::model.visible, 1:][:, order]        # (M, N)
         light = light / light.amax(dim=1, keepdim=True)
         rows[f"attention of one of its patches, {title}"] = mixture * light[..., None]
 
@@ -318,32 +328,28 @@ def draw(model, dataset, run):
 
 # ----------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data. "imagenet" is MAE's recipe, as in the paper. "scenes" and "small" take minutes on
-# a CPU [not in the paper]; `updates` is their number of steps.
+# Defaults by kind of data. Scenes and small datasets take minutes on a CPU [not in the paper]; `updates` is
+# the number of steps. ImageNet gets MAE's recipe, as in the paper.
 MINUTES = dict(
     model="nano",
     decoder=dict(embed_dim=64, depth=2, num_heads=4),
-    norm_pixels=False,
     crop=1.0,
     updates=2500,
     batch=32,
     lr=1.6e-2,
     warmup=0.4
 )
-PRESETS = {
-    "scenes": MINUTES,
-    "small": MINUTES,
-    "imagenet": dict(
-        model="base",
-        size=[224],
-        decoder=dict(embed_dim=512, depth=8, num_heads=16),
-        norm_pixels=True,
-        crop=0.2,
-        epochs=800,
-        batch=4096,
-        lr=1.5e-4,
-        warmup=40.0)
-}
+IMAGENET = dict(
+    model="base",
+    size=[224],
+    decoder=dict(embed_dim=512, depth=8, num_heads=16),
+    norm_pixels=True,
+    crop=0.2,
+    epochs=800,
+    batch=4096,
+    lr=1.5e-4,
+    warmup=40.0
+)
 
 
 def options():
@@ -365,7 +371,11 @@ def options():
 
 
 def main(arguments=None):
-    pretrain(parse_args(options(), "mixedae", lambda args, kind: PRESETS[kind], arguments))
+    pretrain(parse_args(
+        options(),
+        "mixedae",
+        lambda args, kind: IMAGENET if kind == "imagenet" else MINUTES,
+        arguments))
 
 
 if __name__ == "__main__":

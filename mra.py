@@ -1,610 +1,731 @@
-"""Masked Autoencoders are Robust Data Augmentors (Xu, Li, Liu, Yang, Wang, Li; arXiv 2206.04846).
+"""Masked Autoencoders are Robust Data Augmentors
+Haohang Xu, Shuangrui Ding, Xiaopeng Zhang, Hongkai Xiong, Qi Tian, 2022, https://arxiv.org/abs/2206.04846
 
-Augmentations made by hand are mild: a flip, a crop, another colour. MRA lets a small masked autoencoder, trained once without
-labels, paint a part of each training picture anew. What it paints is like the picture and yet not in it. Which part? The frozen
-encoder's own attention tells the object from its surroundings: the patches that its class token attends to least are hidden and
-painted, so the object stays, its background is imagined afresh, and so does the label.
+Augmentations made by hand are mild: a flip, a crop. Here a small masked autoencoder, trained once without
+labels, makes stronger ones. It hides a part of a training image and predicts the hidden pixels from the
+rest; the classifier is trained on the result. What to hide is decided by the autoencoder's attention: the
+patches that its class token attends to least. So the object stays, and with it the label. What takes the
+place of hidden patches is no new background. The decoder is deterministic and was trained on squared error,
+so it paints the mean of all that could be there: a blurred version of the same background. The classifier
+then cannot rely on details of the background.
 
-    images  ─┬─► ENCODER, all patches ─► attention ─► keep the most attended 60 % ─┐            kept patches as they were
-    (B,C,H,W)│   frozen, 4 blocks        (B,H,N)      (B,n)                        │            │
-             └─► patches ────────────────────────────────────────────► ENCODER ─► DECODER ─► painted ─► augmented ─► CLASSIFIER
-                 (B,N,D)                                              (B,1+n,D)  (B,N,P·P·C)            (B,C,H,W)
+    images ──┬──► ENCODER, all patches ──► attention ──► hide the least ──┐       visible: as they were
+    (B,C,H,W)│    frozen, 4 blocks         (B,N)         attended 40 %    │                  │
+             └──► patches ────────────────► visible 60 % ─► ENCODER ─► DECODER ─► hidden ────┴─► CLASSIFIER
+                  (B,N,D)                   (B,n,D)         (B,1+n,D)  (B,N,P·P·C)   (B,C,H,W)
 
-    python mra.py                                              on two CPU cores, nothing to download: with and without MRA
-    python mra.py --data fashion-mnist --labels 50 --augment mra+cutmix                     a small torchvision data set
-    python mra.py --task semi --labels 4                       few labels, many pictures without; also --task fewshot, occlusion
-    torchrun --nproc_per_node=8 mra.py --data /imagenet        the paper's recipe: ResNet-50, the augmentor trained first
+    python mra.py                             # scenes: what MRA does to images, and does the class stay?
+    python mra.py --augment mra --baseline    # a classifier trained with MRA, and one without
+    python mra.py --data fashion-mnist --labels 50 --augment mra+cutmix
+    python mra.py --labels 1000 --imbalance 100 --augment mra    # a long tail
+    python mra.py --task semi                 # few labels, many images; also --task fewshot, occlusion
+    torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
-Measured, first command (2 cores of an AMD EPYC, torch 2.15, seed 0): 5 min 53 s; accuracy 0.945 without MRA, 0.922 with it: on
-scenes it does not help (README). `low` keeps 0.84 of the foreground as it was, `random` 0.59, `high` 0.28.
+MEASURED
+
+Details that matter
+ 1. The augmentor predicts pixels as they are, not normalised: its output is an image [not in the paper].
+ 2. Attention is computed with all patches visible: in the last block, from the class token, averaged over
+    heads. The encoder then runs again on the visible patches alone, so that the decoder cannot copy what is
+    hidden.
+ 3. Visible patches keep their pixels. The loss was on hidden ones only, so the decoder's output for visible
+    ones was never trained; --whole shows it [not in the paper].
+ 4. Predictions can leave the range of pixels and are clipped to 0 … 255.
+ 5. MRA works after crop and flip, on whole batches on the device, without gradients.
+ 6. The augmentor is trained on the crops that it will paint: the same --crop [not in the paper].
+ 7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
+    to the background, and in a small augmentor their mean can prefer either. "low" then hides the object.
+    The end of the augmentor's training measures this where objects are known.
+ 8. FixMatch's strong view is another crop of the image than the weak view.
+ 9. FixMatch's loss is a mean over all unlabelled images. Those that are not sure enough count as 0.
+10. What is evaluated after FixMatch is the moving average of the weights, batch norm's statistics included.
 """
 
-import argparse, copy, difflib, os
-from argparse import Namespace
+import argparse
+import copy
+import os
+
+from common import (  # before torch: it sets how threads wait
+    VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, labels_of, learning_rate,
+    load_decoder, load_encoder, number, parse_args, patchify, prepare_data, read_checkpoint, save_image_rows,
+    shared_options, spread, to_pixels, training_plan, unpatchify)
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
-from torch import distributed as dist, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import distributed as dist
+from torch import nn
 from torchvision.transforms import v2
 
-from common import (Batches, Decoder, Judge, Problem, Run, ViT, adamw, build, check_ratio, decoder_of, entry, erase, fit,
-                    keep_lowest, labelled, load_data, load_decoder, load_encoder, pixel_loss, read_checkpoint,
-                    save_sheet, seed_of, settings, shared_options, take, unpatchify, visible, vit_of, weights_in)
+# ------------------------------------------------------------------------------------------------ masking
+# A strategy turns attention (B, N) into a number for every patch. The n patches with the lowest numbers stay
+# visible, so all strategies hide exactly as many patches in every image.
 
-# ------------------------------------------------------------------------------------------------------- masks, data and losses
-# A strategy is a score for every patch, from attention (B, N); the lowest scores stay. `low` hides what is least attended to.
+STRATEGIES = {
+    "low": torch.neg,               # hides what is attended to least, the background: the paper's choice
+    "random": torch.rand_like,      # hides any patches, as MAE does
+    "high": torch.positive,         # hides what is attended to most, the object
+}
 
-STRATEGIES = {"low": torch.neg, "high": lambda attention: attention, "random": torch.rand_like}
 
-def long_tail(labels, imbalance, seed):
-    """labels (M,) → picture numbers: of class c of K the share imbalance^(−c/(K−1)) stays, so that the first keeps all of its
-    pictures and the last 1/imbalance (the usual protocol). At least one picture stays, `seed` decides which."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    labels, last, kept = labels[order], int(labels.max()), []
-    for c in range(last + 1):
-        found = order[labels == c]
-        kept.append(found[:max(1, int(len(found) * imbalance ** (-c / max(1, last)) + 1e-9))])
-    return torch.cat(kept)
+def hide(noise, visible):
+    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image the `visible`
+    patches with the lowest noise are kept. mask is 1 where a patch is hidden. Raises UserError if none
+    would be visible, or none hidden."""
+    if not 0 < visible < noise.shape[1]:
+        raise UserError(f"{visible} of {noise.shape[1]} patches visible: the ratio has to leave some")
+    # Sorting shuffles the patches: visible ones first. Sorting the shuffle gives the way back: ids_restore[i]
+    # says where in the shuffled order patch i is. Without it predictions could not be put in their places.
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    mask = (ids_restore >= visible).float()
+    return ids_shuffle[:, :visible], ids_restore, mask
 
-def fixmatch_loss(weak, strong, threshold=0.95):
-    """Logits (B, K) of two views → loss (), share of pictures that counted (): where the weak view is sure, its class is what the
-    strong one should say. The mean is over all pictures, also those that do not count (FixMatch, 2001.07685)."""
-    confidence, label = weak.detach().softmax(-1).max(-1)
-    sure = (confidence >= threshold).float()
-    return (F.cross_entropy(strong, label, reduction="none") * sure).mean(), sure.mean()
 
-def episodes(labels, ways, shots, queries, count, seed):
-    """labels (M,) → support (E, ways, shots) and query (E, ways, queries), picture numbers of `count` little tasks, in each of
-    which no picture comes twice. Raises Problem when there are too few classes or pictures."""
-    random, places = torch.Generator().manual_seed(seed), [(labels == c).nonzero()[:, 0] for c in labels.unique()]
-    if len(places) < ways or min(map(len, places)) < shots + queries:
-        raise Problem(f"episodes of {ways} classes with {shots} + {queries} pictures each; there are {len(places)} classes left "
-                      f"to test on, the smallest with {min(map(len, places), default=0)}: change --held-out, --ways or --queries")
-    made = [torch.stack([places[c][torch.randperm(len(places[c]), generator=random)[:shots + queries]]
-                         for c in torch.randperm(len(places), generator=random)[:ways].tolist()]) for _ in range(count)]
-    return torch.stack(made).split([shots, queries], dim=2)
-
-def nearest_centroid(support, query):
-    """Features (E, ways, shots, D), (E, ways, queries, D), of length 1 → share of queries (E,) nearest to their class's mean."""
-    distance = torch.cdist(query.flatten(1, 2), support.mean(2))                            # (E, ways·queries, ways)
-    truth = torch.arange(query.shape[1], device=query.device).repeat_interleave(query.shape[2])
-    return (distance.argmin(-1) == truth).float().mean(-1)
-
-@torch.enable_grad()
-def logistic_regression(support, query):
-    """As `nearest_centroid`, by logistic regression with a penalty of half the squared weights, all episodes at once."""
-    (E, ways, shots, D), many = support.shape, query.shape[2]
-    x, y = support.flatten(1, 2), torch.arange(ways, device=support.device).repeat_interleave(shots).repeat(E)
-    weights, bias = (torch.zeros(E, size, ways, device=x.device, requires_grad=True) for size in (D, 1))
-    solver = torch.optim.LBFGS([weights, bias], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss():
-        solver.zero_grad()
-        total = F.cross_entropy((x @ weights + bias).flatten(0, 1), y, reduction="sum") + weights.square().sum() / 2
-        total.backward()
-        return total
-
-    solver.step(loss)
-    truth = torch.arange(ways, device=x.device).repeat_interleave(many)
-    return ((query.flatten(1, 2) @ weights + bias).argmax(-1) == truth).float().mean(-1)
-
-# ------------------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------------- model
 
 class Autoencoder(nn.Module):
-    """MAE's: hides patches, encodes the rest, paints. Its targets are pixels as they are, since a picture is to come out (our
-    choice)."""
+    """A light masked autoencoder: MAE with an encoder of four blocks (section 3)."""
 
     def __init__(self, encoder, decoder):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder = encoder
+        self.decoder = decoder
 
-    def forward(self, images, scores, mask_ratio=0.75):
-        """images (B, C, H, W), scores (B, N) → loss (), prediction (B, N, P·P·C), mask (B, N), 1 where hidden."""
-        keep, restore, mask = keep_lowest(scores, visible(scores.shape[1], mask_ratio))       # (B, n), (B, N), (B, N)
-        latent = self.encoder.encode(take(self.encoder.embed(images), keep))                # (B, 1+n, D) only what is visible
-        prediction = self.decoder(latent, restore)                                          # (B, N, P·P·C) every place
-        return pixel_loss(images, prediction, mask, self.encoder.patch, False), prediction, mask
+    def forward(self, images, noise=None, mask_ratio=0.75):
+        """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
+        hidden. noise (B, N): hide the patches where it is highest, instead of random ones. Raises UserError
+        if nothing or all would be hidden."""
+        # As in mae.py: embed all patches, drop the hidden ones, encode the rest, predict every patch.
+        tokens = self.encoder.embed(images)                           # (B, N, D)
+        if noise is None:
+            noise = torch.rand(tokens.shape[:2], device=images.device)
+        visible = int(tokens.shape[1] * (1 - mask_ratio))
+        ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
+        latent = self.encoder.encode(gather_tokens(tokens, ids_keep))  # (B, 1+n, D), class token first
+        prediction = self.decoder(latent, ids_restore)                # (B, N, P·P·C)
+
+        # The squared error of the pixels themselves (detail 1), over hidden patches only.
+        target = patchify(images, self.encoder.patch_size).float()    # (B, N, P·P·C)
+        error = (prediction.float() - target).square().mean(dim=-1)   # (B, N)
+        return (error * mask).sum() / mask.sum(), prediction, mask
+
 
 class MRA(nn.Module):
-    """A data augmentation: images (B, C, H, W) → images. Needs no labels, learns nothing, and leaves no gradient behind.
+    """The augmentation: images (B, C, H, W) → images (B, C, H, W) with hidden patches painted. It is
+    frozen, and no gradient passes through it.
 
-    Of each picture N − visible(N, mask_ratio) patches are painted anew: with `low` those that the frozen encoder's class token
-    attends to least, with `high` most, with `random` any. The others stay as they were (our choice), or with `whole` are painted
-    too. It happens to each picture with probability `apply`. `mean` and `std` (C,) say how images are normalised, in pixels 0 …
-    255: nothing for the augmentor's own normalisation, 0 and 255 for images of 0 … 1. Results are valid pixels again.
+    mask_strategy: which patches are hidden; mask_ratio: which part of them; apply: the probability that
+    an image is augmented at all; whole: take visible patches from the decoder, too. mean, std (C,): how
+    incoming images are normalised, in pixel values 0 … 255. [0, 0, 0] and [255, 255, 255] mean images of
+    0 … 1; left out: as the augmentor's own. Raises UserError for images of another size than the
+    augmentor's.
     """
 
-    def __init__(self, encoder, decoder, strategy="low", mask_ratio=0.4, apply=1.0, whole=False, mean=None, std=None, own=(0, 1)):
+    def __init__(self, encoder, decoder, mask_strategy="low", mask_ratio=0.4, apply=1.0, whole=False,
+                 mean=None, std=None):
         super().__init__()
-        check_ratio(Namespace(size=encoder.size, patch=encoder.patch, mask_ratio=mask_ratio))
-        self.painter = Autoencoder(encoder, decoder).eval().requires_grad_(False)
-        self.strategy, self.mask_ratio, self.probability, self.whole = STRATEGIES[strategy], mask_ratio, apply, whole
-        own = [torch.as_tensor(numbers, dtype=torch.float32).view(-1, 1, 1) for numbers in own]
-        mean, std = (mine if given is None else torch.as_tensor(given, dtype=torch.float32).view(-1, 1, 1)
-                     for given, mine in zip((mean, std), own))
-        into = dict(scale=std / own[1], shift=(mean - own[0]) / own[1], low=-mean / std, high=(255 - mean) / std)
-        for name, value in into.items():
-            self.register_buffer(name, value, persistent=False)
+        self.autoencoder = Autoencoder(encoder, decoder).eval().requires_grad_(False)
+        self.mask_strategy = mask_strategy
+        self.mask_ratio = mask_ratio
+        self.probability = apply
+        self.whole = whole
+
+        # The augmentor's own normalisation is that of its training. MAE's release does not say: ImageNet's.
+        own_mean = encoder.mean or [123.675, 116.28, 103.53]
+        own_std = encoder.std or [58.395, 57.12, 57.375]
+        numbers = dict(mean=mean or own_mean, std=std or own_std, own_mean=own_mean, own_std=own_std)
+        for name, values in numbers.items():
+            self.register_buffer(name, torch.tensor(values).float()[:, None, None], persistent=False)
 
     @classmethod
-    def load(cls, path, size=None, **how):
-        """→ an MRA from a checkpoint of this script, of `mae.py --no-norm-pixels`, or of MAE's release. For pictures of another
-        `size` its positions are resized. Raises Problem for one that predicts normalised pixels: those make no picture."""
-        args, there = weights_in(path)[1], vit_of(path)
-        if args.get("norm_pixels", args.get("norm_pix_loss")):
-            raise Problem(f"{path} predicts pixels normalised patch by patch, which make no picture: train one with "
-                          "mae.py --no-norm-pixels, or leave --augmentor out")
-        encoder = ViT(**there | dict(size=size or there["size"]))
-        decoder = Decoder(encoder, **decoder_of(path))
-        load_encoder(encoder, path), load_decoder(decoder, path)
-        own = [args.get(name) or usual for name, usual in (("mean", (123.675, 116.28, 103.53)), ("std", (58.395, 57.12, 57.375)))]
-        return cls(encoder, decoder, own=own, **how)
+    def load(cls, path, img_size=None, **options):
+        """→ an MRA from a checkpoint of this script, of mae.py --no-norm-pixels, or of MAE's release. For
+        another img_size positions are resized. Raises UserError for a file whose predictions make no
+        image."""
+        saved = read_checkpoint(path).get("args", {})
+        saved = saved if isinstance(saved, dict) else vars(saved)
+        if saved.get("norm_pixels") or saved.get("norm_pix_loss"):
+            raise UserError(f"{path} predicts normalised pixels, no image: use mae.py --no-norm-pixels")
+        encoder = load_encoder(path, **({"img_size": img_size} if img_size else {}))
+        return cls(encoder, load_decoder(path, encoder), **options)
+
+    def renormalise(self, images):
+        """Images as they come in → as the augmentor knows them."""
+        return (images * self.std + self.mean - self.own_mean) / self.own_std
 
     def attention(self, images):
-        """images (B, C, H, W) → (B, N): the last block's attention from the class token, mean over the heads."""
-        encoder = self.painter.encoder
-        if images.shape[1:] != (encoder.channels, *encoder.size):
-            raise Problem(f"the augmentor is for pictures of {(encoder.channels, *encoder.size)}, not {tuple(images.shape[1:])}: "
-                          "load it with size=…")
-        return self.painter.encoder.attention_map(images * self.scale + self.shift).float().mean(1)
+        """images (B, C, H, W) → (B, N): how much the class token attends to each patch (detail 2)."""
+        encoder = self.autoencoder.encoder
+        size = (encoder.in_chans, *encoder.img_size)
+        if images.shape[1:] != size:
+            raise UserError(f"the augmentor is for images of {size}, not {tuple(images.shape[1:])}")
+        return encoder.attention_map(self.renormalise(images)).float().mean(1)
 
-    def spread(self, values):
-        """(B, N) → (B, 1, H, W): every patch in its one value."""
-        encoder = self.painter.encoder
-        return unpatchify(values[..., None].expand(-1, -1, encoder.patch ** 2), encoder.patch, encoder.size)
+    def per_pixel(self, values):
+        """(B, N), one value a patch → (B, 1, H, W), one a pixel."""
+        encoder = self.autoencoder.encoder
+        return F.interpolate(values.float().unflatten(1, (1, *encoder.grid)), encoder.img_size)
 
-    def paint(self, images, scores, mask_ratio):
-        """images (B, C, H, W), scores (B, N) → what the autoencoder makes of the lowest scores, valid pixels (B, C, H, W), and
-        mask (B, N), 1 where it did not see them."""
-        _, painted, mask = self.painter(images * self.scale + self.shift, scores, mask_ratio)
-        painted = unpatchify(painted.float(), self.painter.encoder.patch, self.painter.encoder.size)
-        return ((painted - self.shift) / self.scale).clamp(self.low, self.high).to(images.dtype), mask
+    def paint(self, images, noise, mask_ratio):
+        """images (B, C, H, W), noise (B, N), the highest of which are hidden → what the decoder makes of the
+        images, (B, C, H, W), and where it could not see them, bool (B, 1, H, W)."""
+        _, prediction, mask = self.autoencoder(self.renormalise(images), noise, mask_ratio)
+        painted = unpatchify(prediction.float(), self.autoencoder.encoder.patch_size, images.shape[2:])
+        pixels = (painted * self.own_std + self.own_mean).clamp(0, 255)  # detail 4
+        return ((pixels - self.mean) / self.std).to(images.dtype), self.per_pixel(mask) > 0
 
     @torch.no_grad()
     def forward(self, images):
-        attention = self.attention(images)                                                  # (B, N)
-        painted, mask = self.paint(images, self.strategy(attention), self.mask_ratio)       # (B, C, H, W), (B, N)
-        anew = torch.rand(len(images), 1, device=images.device) < self.probability          # (B, 1) this picture at all?
-        return torch.where(self.spread(anew & (mask.bool() | self.whole)), painted, images)
+        # Where is the object? Look at the whole image once, and hide what is attended to least, or as the
+        # strategy says. Then look at the visible patches alone, and paint the image (detail 2).
+        noise = STRATEGIES[self.mask_strategy](self.attention(images))  # (B, N)
+        painted, hidden = self.paint(images, noise, self.mask_ratio)  # (B, C, H, W), (B, 1, H, W)
 
-class Classifier(nn.Module):
-    """images (B, C, H, W) → logits (B, K), by one of torchvision's classifiers, or `conv4`: four convolutions, a slim form
-    of few-shot learning's usual net (ours). Features are what its last linear layer gets. Raises Problem for any other name."""
+        # Use the painting where patches were hidden (detail 3), in as many images as `apply` says.
+        chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < self.probability
+        return torch.where(chosen & (hidden | self.whole), painted, images)
 
-    def __init__(self, name, classes, channels, size):
-        super().__init__()
-        self.grey = channels == 1 and name != "conv4"
-        known = [model for model in torchvision.models.list_models(module=torchvision.models)
-                 if not model.startswith(("squeezenet", "googlenet", "inception"))]         # no linear layer; several answers
-        if name not in ("conv4", *known):
-            near = difflib.get_close_matches(name, ["conv4", *known], 1) or ["conv4, resnet18, resnet50, vit_b_16 …"]
-            raise Problem(f"--classifier {name} is none that can be used here; did you mean {near[0]}?")
-        try:
-            if name == "conv4":
-                blocks = [[nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-                           nn.MaxPool2d(2)] for inputs, outputs in ((channels, 32), (32, 32), (32, 64), (64, 64))]
-                self.body = nn.Sequential(*sum(blocks, []), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
-            else:
-                how = {"image_size": size} if name.startswith("vit_") else {}
-                self.body = torchvision.models.get_model(name, num_classes=classes, **how)
-            self.body.eval()(torch.zeros(1, 3 if self.grey else channels, size, size))
-        except (AssertionError, RuntimeError) as error:
-            raise Problem(f"--classifier {name} takes no pictures of {size} pixels ({str(error)[:80]}): change one of them")
-        last = [place for place, layer in self.body.train().named_modules() if isinstance(layer, nn.Linear)][-1]
-        self.head = self.body.get_submodule(last)
-        self.body.set_submodule(last, nn.Identity())
+    def drop(self, images):
+        """images (B, C, H, W) → the same with a part of their patches in the mean colour, for --task
+        occlusion."""
+        noise = STRATEGIES[self.mask_strategy](self.attention(images))  # (B, N)
+        rank = noise.argsort(descending=True).argsort()               # 0: the first patch to go
+        dropped = rank < round(self.mask_ratio * noise.shape[1])
+        return torch.where(self.per_pixel(dropped) > 0, 0.0, images)
 
-    def features(self, images):
-        return self.body(images.expand(-1, 3, -1, -1) if self.grey else images)             # (B, D)
 
-    def forward(self, images):
-        return self.head(self.features(images))
+def new_classifier(args):
+    """→ --classifier: one of torchvision's for one or three channels, or "conv4", four convolutions as in
+    few-shot learning, but narrower [not in the paper]."""
+    if args.classifier != "conv4":
+        model = torchvision.models.get_model(args.classifier, num_classes=args.num_classes)
+        return nn.Sequential(v2.RGB(), model)                         # makes three channels of one
+    layers = []
+    channels = args.in_chans
+    for width in (32, 32, 64, 64):
+        layers += [torchvision.ops.Conv2dNormActivation(channels, width), nn.MaxPool2d(2)]
+        channels = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, args.num_classes)]
+    return nn.Sequential(*layers)
 
-# ---------------------------------------------------------------------------------------------------------------- training
 
-def pretrain(args):
-    """Trains the augmentor: MAE with pixel targets (our choice) and three quarters hidden, as in the paper."""
+# --------------------------------------------------------------------------------- training the augmentor
+
+def pretrain(args, train=None, val=None):
+    """--task augmentor: trains the masked autoencoder, without labels, and draws what it does to images.
+    args: from `parse_args`. train, val: datasets of your own, instead of --data. All tasks take the same
+    arguments."""
     run = Run(args)
-    train, _ = load_data(args, run)
-    encoder, decoder = build(args)
-    optimizer = adamw(model := Autoencoder(encoder, decoder), args.weight_decay)
-    wrapped, places = run.wrap(model), encoder.grid[0] * encoder.grid[1]                    # device, torch.compile, DDP
-    run.keep(encoder=encoder, decoder=decoder, optimizer=optimizer)                         # in last.pt
-    run.introduce(model, train)
-
-    batches = Batches(train, run, args.size, args.crop)
-    for step in run.steps(batches.per_epoch):
-        for images, _, _ in batches.at(step):                                               # (b, C, H, W) a micro-batch
-            with run.autocast():
-                loss, _, _ = wrapped(images, torch.rand(len(images), places, device=run.device))
-            run.backward(loss)
-            run.log(loss=loss)
-        run.update(optimizer)
-    run.put("augmentor.pt", encoder=encoder.state_dict(), decoder=decoder.state_dict(), args=vars(args))
-
-def make_augmentor(args, run):
-    """→ the MRA for this data: --augmentor, or one trained before, or now, on all its pictures (of scenes always those of
-    seed 0) and without labels. That is kept beside the other runs, for all of them."""
-    path = args.augmentor
-    if not path:
-        name = os.path.basename((args.data or "scenes").rstrip("/")) + f"-{args.limit}" * bool(args.limit)
-        folder = os.path.join(os.path.dirname(args.out), f"mra-augmentor-{name}")
-        light = args.light | dict(out=folder, seed=0, mean=None, weight_decay=0.05, norm_pixels=False, micro_batch=None, crops=1,
-                                  views=1)
-        first = Namespace(**vars(args) | light)
-        first.epochs = args.augmentor_epochs or first.epochs
-
-        def make(first):
-            run.say(f"first the augmentor, {first.epochs} epochs; kept in {folder}/augmentor.pt")
-            pretrain(first)
-
-        path = run.prepare(first, "augmentor.pt", ("data", "size", "patch", "vit", "decoder_dim", "decoder_depth",
-                                                   "decoder_heads", "epochs", "batch", "lr"), make)
-    mra = run.in_turn(lambda: MRA.load(path, args.size, strategy=args.mask_strategy, mask_ratio=args.mask_ratio, apply=args.apply,
-                                     whole=args.whole, mean=args.mean, std=args.std))
-    if mra.painter.encoder.channels != args.channels:
-        raise Problem(f"the augmentor is for pictures of {mra.painter.encoder.channels} channel(s), these have {args.channels}")
-    return run.wrap(mra)
-
-AUGMENTS = ("none", "mra", "cutout", "cutmix", "mixup", "randaugment")
-
-def augmentation(args, mra):
-    """→ change, of single uint8 pictures (C, H, W), or None, and augment, of images (b, C, H, W) and labels (b,) on the device:
-    what --augment names; RandAugment, then MRA, then what cuts or mixes. All come after crop and flip. Cutout is a square of half
-    a side, mixup's alpha 0.2 (our choice)."""
-    names = args.augment.split("+")
-    mixes = [mix(alpha=alpha, num_classes=len(args.classes)) for name, mix, alpha in (
-        ("cutmix", v2.CutMix, 1.0), ("mixup", v2.MixUp, 0.2)) if name in names]
-
-    def augment(images, labels):
-        images = mra(images) if "mra" in names else images
-        if "cutout" in names:
-            images = erase(images, 1.0, (0.25, 0.25), 1.0, noise=False)
-        return v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)        # mixed labels are (b, K)
-
-    return v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in names else None, augment
-
-def set_up(args, run):
-    """→ MRA or None; with --baseline what the same task comes to without it, in OUT/baseline, or None; classifier; optimizer."""
+    train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
-    model = Classifier(args.classifier, len(args.classes), args.channels, args.size).to(memory_format=torch.channels_last)
-    if run.micro < 2 and args.task != "semi" and any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        raise Problem("BatchNorm needs two pictures at once: a larger --batch or --micro-batch")
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
-    names, plain = args.augment.split("+"), None
-    mra = make_augmentor(args, run) if "mra" in names else None
-    if args.baseline and mra:
-        rest = "+".join(sorted({*names} - {"mra"})) or {"semi": "randaugment"}.get(args.task, "none")
-        first = Namespace(**vars(args) | dict(augment=rest, baseline=False, out=f"{args.out}/baseline"))
-        run.say(f"for comparison without MRA, --augment {rest}:")
-        plain = read_checkpoint(run.prepare(first, "result.pt", (
-            "task", "augment", "data", "limit", "labels", "size", "classifier", "seed", "epochs", "batch", "lr", "warmup", "crop",
-            "crops", "weight_decay", "imbalance", "unlabelled", "threshold", "ema", "held_out", "ways", "shots", "queries",
-            "episodes", "copies"),
-            lambda first: run.put("baseline/result.pt", result=TASKS[args.task](first), args=vars(first))))["result"]
-    run.say(f"--augment {args.augment}:")
-    return mra, plain, model, optimizer
+    size = VITS[args.model] | dict(patch_size=args.patch)
+    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
+    decoder = Decoder(encoder, **args.decoder)
+    args.vit = encoder.config
+    model = Autoencoder(encoder, decoder)
+    wrapped = run.wrap(model)                                         # on the device; compiled; DDP
+    groups = decay_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
-def conclude(result, plain, mra, data, run, args):
-    """Draws what MRA does to pictures, and says what it changed → result."""
-    if mra and run.rank == 0:
-        draw(mra, data, run, args)
-    if plain is not None:
-        run.say(f"accuracy without MRA {plain:.3f}, with MRA {result:.3f}")
-        run.write(task=args.task, top1=result, top1_without_mra=plain)
+    ids = spread(len(train), args.limit)
+    run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
+    loader = batches(train, training_plan(ids, run), run, train=True)  # detail 6
+    for step in run.steps():
+        peak = args.lr * args.batch / 256
+        lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        for i in range(run.accumulate):
+            images, _, _ = next(loader)                               # (b, C, H, W), cropped and flipped
+            wrapped.require_backward_grad_sync = i == run.accumulate - 1  # DDP averages gradients once a step
+            with run.autocast:
+                loss, _, _ = wrapped(images)                          # random masks, 75 % hidden, as MAE
+            run.scaler.scale(loss / run.accumulate).backward()
+            run.log(loss=loss)
+
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
+        run.log(lr=lr)
+
+    if run.rank == 0:
+        draw(load_augmentor(args, f"{args.out}/last.pt").to(run.device), val or train, run)
+
+
+def load_augmentor(args, path):
+    """→ the MRA of a checkpoint, with the options in args."""
+    names = ("mask_strategy", "mask_ratio", "apply", "whole", "mean", "std")
+    return MRA.load(path, args.size, **{name: getattr(args, name) for name in names})
+
+
+@torch.no_grad()
+def draw(mra, dataset, run):
+    """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategies and mask
+    ratios. Where the data know their objects, says and logs which part of them stays visible."""
+    args = run.args
+    images, _, masks = next(batches(dataset, [(spread(len(dataset), 250), 0)], run))
+    attention = mra.attention(images)                                 # (B, N)
+    noises = {name: strategy(attention) for name, strategy in STRATEGIES.items()}
+    # One map for all images knows where objects mostly are. Attention has to do better (detail 7).
+    noises["mean map"] = -attention.mean(0).expand_as(attention)
+    cases = [(name, args.mask_ratio) for name in noises]
+    cases += [("low", 0.2), ("low", 0.6), ("low", 0.8)]
+
+    brightness = mra.per_pixel(attention / attention.amax(1, keepdim=True)).expand_as(images)
+    rows = {
+        "image": to_pixels(images[:10], args),
+        "attention": (255 * brightness[:10]).byte().cpu(),
+    }
+    kept = {}
+    for name, ratio in cases:
+        painted, hidden = mra.paint(images, noises[name], ratio)
+        views = {
+            "hidden": torch.where(hidden, 0.0, images),
+            "reconstruction": painted,
+            "augmented": torch.where(hidden, painted, images),
+        }
+        for title, view in views.items():
+            rows[f"{name}, {ratio:.0%}: {title}"] = to_pixels(view[:10], args)
+        if masks is not None:
+            kept[f"{name}, {ratio:.0%}"] = 1 - hidden[:, 0][masks].float().mean().item()
+    save_image_rows(f"{args.out}/augmentation.png", rows)
+    run.print(f"images: {args.out}/augmentation.png")
+    if kept:
+        run.write_log(step=run.step, object_kept=kept)
+        low, random, _, mean_map, *_ = kept.values()
+        text = "; ".join(f"{name}: {part:.2f}" for name, part in kept.items())
+        run.print(f"part of the objects that stays when patches are hidden: {text}")
+        if low < 0.02 + max(random, mean_map):
+            run.print("attention finds the objects no better than chance, so MRA hides them, too: train the "
+                      "augmentor longer, or with another --seed")
+
+
+def run_first(function, args, folder, train, val, **changes):
+    """Calls a training function on OUT/folder, with some options changed → what it returns. It goes on
+    where it stopped, and returns at once when it is whole; with --overwrite it begins anew."""
+    options = argparse.Namespace(**(vars(args) | changes))
+    options.out = f"{args.out}/{folder}"
+    options.resume = os.path.exists(f"{options.out}/last.pt") and (args.resume or not args.overwrite)
+    options.overwrite = True
+    result = function(options, train, val)
+    if dist.is_initialized():
+        dist.barrier()                                                # until process 0 has written it
     return result
 
-def learn(wrapped, optimizer, batches, augment, run, judge=None):
-    """Trains a classifier on augmented pictures."""
-    for step in run.steps(batches.per_epoch):
-        for images, labels, _ in batches.at(step):                                          # (b, C, H, W), (b,) a micro-batch
-            with run.autocast():
-                images, labels = augment(images, labels)                                    # MRA leaves labels as they are
-                loss = F.cross_entropy(wrapped(images), labels)
-            run.backward(loss)
-            run.log(loss=loss)
-        run.update(optimizer)
-        if judge:
-            judge.after_step(step)
 
-def supervised(args):
-    """--task supervised: a classifier on labelled pictures, all or --labels of each class, or a long tail (--imbalance)."""
-    run = Run(args)
-    train, val = labelled(args, run, args.labels)
-    if args.imbalance > 1:
-        train.pick(long_tail(train.labels, args.imbalance, args.seed))
-    mra, plain, model, optimizer = set_up(args, run)
-    wrapped = run.wrap(model)
-    run.keep(classifier=model, optimizer=optimizer)
-    run.introduce(model, train)
-    change, augment = augmentation(args, mra)
-    batches = Batches(train, run, args.size, args.crop, change)
-    judge = Judge(model, val, run, args, batches.per_epoch, classifier=model)
-    learn(wrapped, optimizer, batches, augment, run, judge)
-    result = judge.finish(**by_size(judge, train) if args.imbalance > 1 else {})
-    return conclude(result, plain, mra, val, run, args)
+def make_augmentor(args, run, train, val):
+    """→ the MRA of --augmentor, or of one that is trained on these data, in OUT/augmentor."""
+    if args.augmentor is None:
+        run.print(f"the augmentor comes first, in {args.out}/augmentor")
+        run_first(pretrain, args, "augmentor", train, val, **args.light)
+        args.augmentor = f"{args.out}/augmentor/last.pt"
+    return run.wrap(load_augmentor(args, args.augmentor))
 
-def by_size(judge, train):
-    """→ accuracy on classes of many (over 100), medium and few (under 20) training pictures, as long-tail papers count."""
-    confusion, counts = judge.result()[2].cpu(), torch.bincount(train.labels.cpu(), minlength=len(train.classes))
-    right = confusion.diag() / confusion.sum(1).clamp(min=1)
-    groups, tested = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}, confusion.any(1)
-    return {f"{name}_shot": right[group & tested].mean().item() for name, group in groups.items() if (group & tested).any()}
 
-def semi(args):
-    """--task semi: FixMatch. A few pictures have labels; of the others, those the classifier is sure of teach it to say the same
-    of a strong view, which MRA paints from the weak one."""
-    args.views = 1 + 2 * args.unlabelled                                                    # pictures, for each labelled one
-    run = Run(args)
-    train, val = labelled(args, run, all_=True)
-    taught = copy.copy(train)
-    taught.pick((taught.labels >= 0).nonzero()[:, 0])
-    taught.few(args.labels, args.seed)
-    mra, plain, model, optimizer = set_up(args, run)
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True).to(run.device)
-    wrapped = run.wrap(model)
-    run.keep(classifier=averaged.module, mean=averaged, model=model, optimizer=optimizer)           # the mean is what is measured
-    run.introduce(model, train)
+# ---------------------------------------------------------------------------------- training a classifier
 
-    change, augment = augmentation(args, mra)
-    many = Batches(train, run, args.size, args.crop, times=args.unlabelled)
-    few = Batches(taught, run, args.size, args.crop, steps=args.epochs * many.per_epoch)
-    judge = Judge(averaged, val, run, args, many.per_epoch, classifier=averaged.module)
-    for step in run.steps(many.per_epoch):
-        for (images, labels, _), (weak, _, _) in zip(few.at(step), many.at(step)):          # (b, C, H, W), (u·b, C, H, W)
-            strong = weak
-            if change:                                                                      # RandAugment; FixMatch adds Cutout
-                pixels = (weak * train.std + train.mean).round().clamp(0, 255).byte()
-                strong = train.normalise(torch.stack([change(image) for image in pixels]))
-            with run.autocast():                                                            # RandAugment's grids want fp32
-                strong, _ = augment(strong, None)
-                scores = wrapped(torch.cat([images, weak, strong])).split([len(images), len(weak), len(strong)])
-                agreed, sure = fixmatch_loss(*scores[1:], args.threshold)                   # of (u·b, K), twice
-                loss = F.cross_entropy(scores[0], labels) + agreed                          # of (b, K)
-            run.backward(loss)
-            run.log(loss=loss, unlabelled_loss=agreed, sure=sure)
-        run.update(optimizer)
-        averaged.update_parameters(model)
-        judge.after_step(step)
-    return conclude(judge.finish(), plain, mra, val, run, args)
+def long_tail(count, k, classes, imbalance):
+    """→ how many of `count` images class k of `classes` keeps: the part imbalance^(−k/(classes−1)), so
+    that the first class has `imbalance` times the images of the last, as usual in papers on long tails;
+    at least one."""
+    part = imbalance ** (-k / max(1, classes - 1))
+    return max(1, int(count * part + 1e-9))                           # 1e-9: 100 · 0.1 must not become 9
 
-def of_classes(data, chosen):
-    """→ a copy of a data set with only these classes, numbered anew."""
-    data, number = copy.copy(data), torch.full((len(data.classes),), -1)
-    number[chosen] = torch.arange(len(chosen))
-    data.pick((number[data.labels.cpu()] >= 0).nonzero()[:, 0])
-    data.labels, data.classes = number[data.labels.cpu()], [data.classes[k] for k in chosen]
-    return data
 
-def fewshot(args):
-    """--task fewshot: learns some classes, then tells --ways others apart from --shots pictures each, in hundreds of episodes."""
-    run = Run(args)
-    train, val = labelled(args, run, args.labels)
-    order = torch.randperm(len(train.classes), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    held_out = args.held_out or len(order) // 2
-    if len(order) - held_out < 2:
-        raise Problem(f"--held-out {held_out} of {len(order)} classes leaves none to tell apart in training: hold out fewer")
-    train, val = of_classes(train, sorted(order[held_out:])), of_classes(val, sorted(order[:held_out]))
-    tasks = {shots: episodes(val.labels, args.ways, shots, args.queries, args.episodes, args.seed) for shots in args.shots}
-    args.classes = train.classes
-    mra, plain, model, optimizer = set_up(args, run)
-    wrapped = run.wrap(model)
-    run.keep(classifier=model, optimizer=optimizer)
-    run.introduce(model, train)
-    change, augment = augmentation(args, mra)
-    learn(wrapped, optimizer, Batches(train, run, args.size, args.crop, change), augment, run)
+def labelled_ids(dataset, limit=None, labels=None, classes=None, imbalance=1.0):
+    """→ numbers (m,) of the labelled ones of `limit` images; of each class exactly `labels`, or a long
+    tail; of the first `classes` alone; torch's seed decides which. Raises UserError if there are too few."""
+    if dataset is None or labels_of(dataset).max() < 1:
+        raise UserError("this needs folders train/CLASS and val/CLASS, or a torchvision name; "
+                        "without labels there is --task augmentor")
+    targets = labels_of(dataset)
+    classes = classes or int(targets.max()) + 1
+    candidates = spread(len(targets), limit)
+    candidates = candidates[torch.randperm(len(candidates))]
+    ids = []
+    for k in range(classes):
+        members = candidates[targets[candidates] == k][:labels]
+        if labels and len(members) < labels:
+            raise UserError(f"--labels {labels}: class number {k} has {len(members)} images")
+        ids.append(members[:long_tail(len(members), k, classes, imbalance)])
+    return torch.cat(ids)
 
-    model.eval()
-    views, found = [[] for _ in range(1 + args.copies)], {}                                 # as they are, then as in training
-    for k, view in enumerate(views):
-        plan = ((part, seed_of(args.seed, k, i)) for i, part in enumerate(torch.arange(len(val)).split(250)))
-        for images, _, _ in val.stream(plan, run, args.size, args.crop if k else None):
-            with run.autocast(), torch.no_grad():
-                images = mra.forward(images) if mra and k else images                       # not compiled: the last are fewer
-                view.append(model.features(images).float().cpu())
-    views = F.normalize(torch.stack([torch.cat(view) for view in views], dim=1), dim=-1)    # (M, views, D)
-    for shots, (support, query) in tasks.items():
-        support, query = views[support].flatten(2, 3), views[query][:, :, :, 0]             # (E, ways, shots·views, D)
-        for method in (nearest_centroid, logistic_regression):
-            name, right = method.__name__, method(support, query)                           # (E,)
-            found[f"{name}_{shots}"] = mean, spread = right.mean().item(), 1.96 * right.std().item() / len(right) ** 0.5
-            run.say(f"{args.ways}-way {shots}-shot, {name}: {mean:.4f} ± {spread:.4f} (95 %, {len(right)} episodes)")
-    result = found[f"nearest_centroid_{max(tasks)}"][0]
-    run.write(step=run.step, task=args.task, top1=result, held_out=val.classes, **found)
-    return conclude(result, plain, mra, val, run, args)
 
-def drop(mra, images, scores, share):
-    """images (B, C, H, W), scores (B, N) → the same without a share of their patches, those of highest score: these become 0, the
-    mean colour."""
-    mask = keep_lowest(scores, scores.shape[1] - round(share * scores.shape[1]))[2]         # (B, N)
-    return torch.where(mra.spread(mask) > 0, 0.0, images)
+def by_size(accuracy, counts):
+    """Accuracy and number of training images of each class (K,) → mean accuracy of the classes with many
+    images (over 100), medium, and few (under 20), as papers on long tails report it."""
+    groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
+    found = {}
+    for name, group in groups.items():
+        if group.any():
+            found[f"{name}_shot"] = accuracy[group].mean().item()
+    return found
+
+
+def augmentation(args, mra):
+    """→ augment(images (b, C, H, W), labels (b,)) → images, labels: what --augment names, on the device.
+    Mixed labels are (b, K). Cutout is a square of half a side, mixup's alpha is 0.2 [not in the
+    paper]."""
+    mixes = {
+        "cutmix": v2.CutMix(num_classes=args.num_classes),
+        "mixup": v2.MixUp(alpha=0.2, num_classes=args.num_classes),
+    }
+    mixes = [mix for name, mix in mixes.items() if name in args.augment]
+    cutout = v2.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
+
+    def augment(images, labels=None):
+        if "mra" in args.augment:
+            images = mra(images)                                      # detail 5
+        if "cutout" in args.augment:
+            images = torch.stack([cutout(image) for image in images])
+        if mixes and labels is not None:                              # FixMatch's views are not mixed
+            images, labels = v2.RandomChoice(mixes)(images, labels)
+        return images, labels
+
+    return augment
+
+
+def fixmatch_loss(weak, strong, threshold=0.95):
+    """Scores of two views (B, K) → loss (), part of the images that count (). Where the classifier is
+    sure of the weak view, the class it finds there is the target for the strong view (FixMatch,
+    2001.07685, equation 4)."""
+    confidence, pseudo_labels = weak.detach().softmax(-1).max(-1)
+    sure = (confidence >= threshold).float()
+    errors = F.cross_entropy(strong, pseudo_labels, reduction="none")
+    return (errors * sure).mean(), sure.mean()                        # detail 9
+
 
 @torch.no_grad()
-def occlusion(args):
-    """--task occlusion: how the classifiers of --compare fall as patches are dropped from the pictures they are tested on: first
-    those that the augmentor attends to least (`low`) or most (`high`), or any. All classifiers see the same."""
+def update_average(average, model, ema):
+    """average ← ema · average + (1 − ema) · model, in place, statistics of batch norm included (detail
+    10)."""
+    for old, new in zip(average.state_dict().values(), model.state_dict().values()):
+        if old.is_floating_point():
+            old.lerp_(new, 1 - ema)
+
+
+def classify(args, train=None, val=None):
+    """Trains a classifier → its accuracy, on all validation images or in episodes.
+
+    --task supervised: on augmented images, all labelled ones, --labels of each class, or a long tail
+    (--imbalance). --task semi: FixMatch, on --labels images of each class with labels, and on all
+    without. --task fewshot: as supervised, but without the last --held-out classes, which are then
+    recognised from --shots images each.
+    """
     run = Run(args)
-    _, val = labelled(args, run)
-    models = {}
+    train, val = prepare_data(args, run, train, val)
+    args.num_classes = classes = int(labels_of(train).max()) + 1
+    if args.task == "fewshot":
+        classes -= args.held_out or classes // 2
+    torch.manual_seed(args.seed)
+    ids = labelled_ids(train, args.limit, args.labels, classes, args.imbalance)
+    val_ids = labelled_ids(val, args.limit, classes=classes)
+    mra = None
+    if "mra" in args.augment or args.data is None:                    # scenes: judged in any case
+        mra = make_augmentor(args, run, train, val)
+    augment = augmentation(args, mra)
+    rand_augment = None
+    if "randaugment" in args.augment:
+        rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11)
+
+    torch.manual_seed(args.seed)
+    model = new_classifier(args)
+    semi = args.task == "semi"
+    average = copy.deepcopy(model).to(run.device) if semi else model  # what is evaluated
+    wrapped = run.wrap(model)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
+
+    # A step sees --batch labelled images. FixMatch adds --unlabelled times as many without labels, in two
+    # views. The strong view has another seed, so it is another crop (detail 8).
+    everything = spread(len(train), args.limit)
+    count = len(everything) // args.unlabelled if semi else len(ids)
+    run.start(count, classifier=average, model=model, optimizer=optimizer, scaler=run.scaler)
+    weak_augment = None if semi else rand_augment
+    loader = batches(train, training_plan(ids, run), run, train=True, augment=weak_augment)
+    weak_plan = training_plan(everything, run, args.unlabelled)
+    strong_plan = training_plan(everything, run, args.unlabelled)
+    strong_plan = ((part, seed + 1) for part, seed in strong_plan)
+    weak_loader = batches(train, weak_plan, run, train=True)
+    strong_loader = batches(train, strong_plan, run, train=True, augment=rand_augment)
+    for step in run.steps():
+        peak = args.lr * args.batch / 256
+        lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        for i in range(run.accumulate):
+            images, labels, _ = next(loader)                          # (b, C, H, W), (b,)
+            wrapped.require_backward_grad_sync = i == run.accumulate - 1
+            with run.autocast:
+                if semi:
+                    weak, _, _ = next(weak_loader)                    # (u·b, C, H, W)
+                    strong, _, _ = next(strong_loader)
+                    strong, _ = augment(strong)
+                    # One forward pass for all three, so that batch norm sees them together.
+                    scores = wrapped(torch.cat([images, weak, strong]))
+                    scores, weak, strong = scores.split([len(images), len(weak), len(strong)])
+                    unlabelled_loss, sure = fixmatch_loss(weak, strong, args.threshold)
+                    loss = F.cross_entropy(scores, labels) + unlabelled_loss
+                    run.log(unlabelled_loss=unlabelled_loss, sure=sure)
+                else:
+                    images, labels = augment(images, labels)          # MRA leaves the labels as they are
+                    loss = F.cross_entropy(wrapped(images), labels)
+            run.scaler.scale(loss / run.accumulate).backward()
+            run.log(loss=loss)
+
+        run.scaler.step(optimizer)
+        run.scaler.update()
+        optimizer.zero_grad()
+        if semi:
+            update_average(average, model, args.ema)
+        run.log(lr=lr)
+        if run.ends_epoch(step, cost=len(val_ids)):
+            top1, _, _ = evaluate(average, val, val_ids, run)
+            model.train()
+            run.log(top1=top1)
+
+    if args.task == "fewshot":
+        result = evaluate_episodes(average, mra, val, classes, run)
+    else:
+        top1, confidence, per_class = evaluate(average, val, val_ids, run)
+        result = dict(top1=top1, confidence=confidence)
+        if args.imbalance > 1:
+            counts = torch.bincount(labels_of(train)[ids], minlength=classes)
+            result |= by_size(per_class, counts)
+        if mra is not None:
+            result |= evaluate_painted(average, mra, val, val_ids, run)
+    if args.baseline and "mra" in args.augment:
+        # FixMatch needs a strong view: without MRA it is RandAugment's, as in the original.
+        rest = [name for name in args.augment if name != "mra"]
+        rest = rest or ["randaugment" if semi else "none"]
+        result["top1_without_mra"] = run_first(classify, args, "baseline", train, val, augment=rest)
+    run.print(f"{args.task}, --augment {'+'.join(args.augment)}, classes: {args.num_classes}")
+    run.print("    " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    run.write_log(step=run.step, task=args.task, **result)
+    return result["top1"]
+
+
+# ----------------------------------------------------------------------------------- judging a classifier
+
+@torch.no_grad()
+def evaluate(model, dataset, ids, run, change=lambda images: images):
+    """A classifier, and a change of images before it → accuracy, confidence (mean probability of the true
+    class) and accuracy of each class, over all images and processes."""
+    model.eval()
+    totals = torch.zeros(3, run.args.num_classes, device=run.device)
+    plan = [(part, 0) for part in ids[run.rank::run.world].split(250)]
+    for images, labels, _ in batches(dataset, plan, run):
+        with run.autocast:
+            probability = model(change(images)).float().softmax(1)    # (b, K)
+        correct = probability.argmax(1) == labels
+        confidence = probability.gather(1, labels[:, None])[:, 0]
+        facts = torch.stack([correct, confidence, torch.ones_like(confidence)])
+        totals.index_add_(1, labels, facts)
+    if run.world > 1:
+        dist.all_reduce(totals)
+    top1, confidence, _ = (totals.sum(1) / len(ids)).tolist()
+    return top1, confidence, (totals[0] / totals[2].clamp(1)).cpu()
+
+
+def evaluate_painted(model, mra, dataset, ids, run):
+    """→ accuracy and confidence on images painted with each strategy. Where MRA keeps the class of an
+    image, a classifier that never saw a painted one stays sure of it. Also writes
+    OUT/augmentation.png."""
+    if run.rank == 0:
+        draw(mra, dataset, run)
+    result = {}
+    mra.probability = 1.0
+    for mra.mask_strategy in STRATEGIES:
+        top1, confidence, _ = evaluate(model, dataset, ids, run, mra.forward)
+        result[f"top1_painted_{mra.mask_strategy}"] = top1
+        result[f"confidence_painted_{mra.mask_strategy}"] = confidence
+    return result
+
+
+def episodes(labels, ways, shots, queries, count):
+    """labels (M,) → support (E, ways, shots) and query (E, ways, queries): image numbers of `count` small
+    tasks, in each of which no image comes twice. Raises UserError if there are too few classes or
+    images."""
+    members = (labels == labels.unique()[:, None]).float()            # (K, M), 1 where image m is of class k
+    if len(members) < ways or members.sum(1).min() < shots + queries:
+        raise UserError(f"{len(members)} classes held out are too few or too small for episodes of {ways} "
+                        f"with {shots} + {queries} images: change --held-out, --ways or --queries")
+    tasks = []
+    for _ in range(count):
+        classes = torch.randperm(len(members))[:ways]
+        # Drawn without replacement, with equal probability for all images of a class.
+        tasks.append(torch.multinomial(members[classes], shots + queries))
+    return torch.stack(tasks).split([shots, queries], dim=2)
+
+
+def nearest_centroid(support, query):
+    """support (E, ways, shots, D), query (E, ways, queries, D), features of length 1 → accuracy (E,): a
+    query belongs to the class whose mean feature is nearest."""
+    distance = torch.cdist(query.flatten(1, 2), support.mean(2))      # (E, ways · queries, ways)
+    truth = torch.arange(query.shape[1]).repeat_interleave(query.shape[2])
+    return (distance.argmin(-1) == truth).float().mean(1)
+
+
+@torch.no_grad()
+def evaluate_episodes(model, mra, dataset, first, run):
+    """→ mean accuracy of --episodes and half its 95 % interval, for each of --shots; top1 is that of the
+    last. Their classes are those from `first` on, which the classifier was not trained on."""
+    args = run.args
+
+    # Features are what the last linear layer receives.
+    *_, last = (path for path, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    model.eval().set_submodule(last, nn.Identity())
+    labels = labels_of(dataset)
+    ids = (labels >= first).nonzero()[:, 0]
+    labels = labels[ids]
+
+    def features(change):
+        plan = [(part, args.seed) for part in ids.split(250)]
+        found = []
+        for images, _, _ in batches(dataset, plan, run):
+            found.append(F.normalize(model(change(images))).cpu())
+        return torch.cat(found)
+
+    # With MRA every support image is joined by its augmented version. How many of these the paper takes
+    # is not known [not in the paper].
+    plain = features(nn.Identity())                                   # (M, D)
+    augmented = features(mra.forward) if "mra" in args.augment else plain
+    result = {}
+    for shots in args.shots:
+        torch.manual_seed(args.seed)                                  # the same episodes for all classifiers
+        support, query = episodes(labels, args.ways, shots, args.queries, args.episodes)
+        both = torch.cat([plain[support], augmented[support]], dim=2)  # (E, ways, 2 · shots, D)
+        accuracy = nearest_centroid(both, plain[query])               # (E,)
+        result["top1"] = result[f"shots_{shots}"] = accuracy.mean().item()
+        result[f"interval_{shots}"] = 1.96 * accuracy.std().item() / args.episodes ** 0.5
+    return result
+
+
+def occlusion(args, train=None, val=None):
+    """--task occlusion: logs how the accuracy of the classifiers of --compare falls when 0, 10 … 90 % of
+    the patches are dropped: those attended to least come first ("low"), or those attended to most
+    ("high"), or any."""
+    if not args.compare:
+        raise UserError("--task occlusion needs --compare: the last.pt of classifiers")
+    run = Run(args)
+    train, val = prepare_data(args, run, train, val)
+    val_ids = labelled_ids(val, args.limit)
+    run.start()
     for path in args.compare:
         saved = read_checkpoint(path)
-        old = saved.get("args", {})
-        if "classifier" not in saved or not {"augment", "mean", "std"} <= old.keys() or any(
-                old.get(name) != getattr(args, name) for name in ("size", "classes", "channels")):
-            raise Problem(f"{path} is no classifier of these pictures: name the best.pt of a supervised or semi run on them")
-        model = Classifier(old["classifier"], len(args.classes), args.channels, args.size)
-        try:
-            model.load_state_dict(saved["classifier"])
-        except RuntimeError:
-            raise Problem(f"{path} is not whole, or of another version: its weights are not a {old['classifier']}'s")
-        mean, std = (torch.tensor(old[name])[:, None, None] for name in ("mean", "std"))    # its own
-        into = [number.to(run.device) for number in (val.std / std, (val.mean - mean) / std)]
-        models[f"{old['augment']} ({path})"] = model.eval().to(run.device), *into
-    mra = make_augmentor(args, run)
-    run.keep()                                                                              # no checkpoint, only args.json
+        if "classifier" not in saved:
+            raise UserError(f"{path} holds no classifier: name the last.pt of --task supervised or semi")
+        for name in ("classifier", "num_classes", "mean", "std"):
+            setattr(args, name, saved["args"][name])
+        model = new_classifier(args).to(run.device)
+        model.load_state_dict(saved["classifier"])
+        mra = make_augmentor(args, run, train, val)
+        for mra.mask_strategy in STRATEGIES:
+            curve = []
+            for tenth in range(10):
+                mra.mask_ratio = tenth / 10
+                top1, _, _ = evaluate(model, val, val_ids, run, mra.drop)
+                curve.append(round(top1, 4))
+            run.print(f"{path}, {mra.mask_strategy}, 0 … 90 % dropped: {curve}")
+            run.write_log(task=args.task, compare=path, strategy=mra.mask_strategy, accuracy=curve)
 
-    torch.manual_seed(args.seed + run.rank)
-    right = torch.zeros(len(STRATEGIES), len(models), 10, device=run.device)
-    index = torch.arange(len(val))[val.labels.cpu() >= 0]
-    plan = [(part, k) for k, part in enumerate(index[run.rank::run.world].split(250))]
-    for images, labels, _ in val.stream(plan, run, args.size):
-        with run.autocast():
-            attention = mra.attention(images)                                               # (b, N)
-            for s, score in enumerate(STRATEGIES.values()):
-                scores = score(attention)                                                   # (b, N)
-                for tenth in range(10):
-                    seen = drop(mra, images, scores, tenth / 10)
-                    for m, (model, scale, shift) in enumerate(models.values()):
-                        right[s, m, tenth] += (model(seen * scale + shift).argmax(1) == labels).sum()
-    if run.world > 1:
-        dist.all_reduce(right)
-    right = (right.cpu().double() / len(index)).tolist()
-    curves = {strategy: dict(zip(models, lines)) for strategy, lines in zip(STRATEGIES, right)}
-    for strategy, lines in curves.items():
-        for name, line in lines.items():
-            run.say(f"{name}, {strategy}, 0 … 90 % dropped: " + " ".join(f"{top1:.3f}" for top1 in line))
-    run.write(task=args.task, **curves)
-    if run.rank == 0:
-        save_curves(f"{run.out}/occlusion.png", curves)
-        run.say(f"curves: {run.out}/occlusion.png")
 
-TASKS = {"supervised": supervised, "semi": semi, "fewshot": fewshot, "occlusion": occlusion}
-
-# ---------------------------------------------------------------------------------------------------------------- pictures
-
-@torch.no_grad()
-def draw(mra, data, run, args, count=10):
-    """Writes OUT/augmentation.png: pictures, attention, and what MRA makes of them with each strategy and with several ratios.
-    Where the data know their foreground, says and logs how much of it each strategy leaves as it was."""
-    index = torch.linspace(0, len(data) - 1, min(250, len(data))).round().long()
-    images, _, masks = next(data.stream([(index, 0)], run, args.size))
-    torch.manual_seed(args.seed)
-    pixels, stays = lambda x: (x[:count] * data.std + data.mean).clamp(0, 255).byte(), {}
-    attention = mra.attention(images)                                                       # (B, N)
-    light = mra.spread(attention / attention.amax(1, keepdim=True))[:count].expand(-1, args.channels, -1, -1)
-    rows = {"original": pixels(images), "attention": (255 * light).byte()}
-    for strategy, ratio in (*((name, args.mask_ratio) for name in STRATEGIES), ("low", 0.2), ("low", 0.6), ("low", 0.8)):
-        painted, mask = mra.paint(images, STRATEGIES[strategy](attention), ratio)
-        hidden, title = mra.spread(mask) > 0, f"{strategy}{' attention' * (strategy != 'random')}, {ratio:.0%}"
-        if ratio == args.mask_ratio:
-            rows |= {f"{title}: hidden": pixels(torch.where(hidden, 0.0, images)), f"{title}: reconstruction": pixels(painted)}
-            if masks is not None:
-                there = F.adaptive_avg_pool2d(masks.float(), mra.painter.encoder.grid).flatten(1)    # (B, N) share of foreground
-                stays[strategy] = (((1 - mask) * there).sum() / there.sum()).item()
-        rows[f"{title}: augmented"] = pixels(torch.where(hidden, painted, images))
-    save_sheet(f"{run.out}/augmentation.png", rows)
-    run.say(f"pictures: {run.out}/augmentation.png")
-    if stays:
-        run.say("foreground left as it was: " + ", ".join(f"{name} {share:.2f}" for name, share in stays.items()))
-        run.write(task=args.task, foreground_kept=stays)
-
-def save_curves(path, panels, side=360):
-    """Writes a PNG: under each title lines {name: accuracies (0 … 1) at 0, 10 … 90 % dropped}, and below whose is which."""
-    names, font = list(next(iter(panels.values()))), ImageFont.load_default(13)
-    sheet = Image.new("RGB", (len(panels) * side, side + 20 * len(names)), "white")
-    pen, hue = ImageDraw.Draw(sheet), lambda k: f"hsl({360 * k // len(names)}, 80%, 40%)"
-    for p, (title, lines) in enumerate(panels.items()):
-        at = lambda x, y, left=p * side: (left + 40 + x / 0.9 * (side - 60), 30 + (1 - y) * (side - 60))
-        pen.text((p * side + 40, 6), f"{title}: accuracy, 0 … 90 % of the patches dropped", "black", font)
-        for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
-            pen.line([at(0, tick), at(0.9, tick)], "lightgrey")
-            pen.text((p * side + 12, at(0, tick)[1] - 8), f"{tick}", "black", font)
-        for k, line in enumerate(lines.values()):
-            pen.line([at(tenth / 10, y) for tenth, y in enumerate(line)], hue(k), 3)
-    for k, name in enumerate(names):
-        pen.text((40, side - 8 + 20 * k), name, hue(k), font)
-    sheet.save(path)
-
-# ------------------------------------------------------------------------------------------------------------ command line
-
-NANO = dict(model="nano", decoder_dim=64, decoder_depth=2, decoder_heads=4, classifier="conv4", crop=0.5)
-
-PRESETS = {  # what --data selects, for every option left open; `light` is for the augmentor. Of imagenet the classifier's are the
-             # paper's, but for the warm-up, and the rest ours
-    "scenes": NANO | dict(size=64, patch=8, labels=50, epochs=60, batch=50, lr=0.5, warmup=2.0,
-                          light=dict(epochs=3, batch=32, lr=1.6e-2, warmup=0.4, crop=1.0)),
-    "small": NANO | dict(epochs=30, batch=128, lr=0.2, warmup=1.0,
-                         light=dict(epochs=5, batch=64, lr=8e-3, warmup=0.5, crop=1.0)),
-    "imagenet": dict(model="light", size=224, patch=16, decoder_dim=192, decoder_depth=2, decoder_heads=3, classifier="resnet50",
-                     epochs=100, batch=256, lr=0.1, warmup=5.0, crop=0.08,
-                     light=dict(epochs=200, batch=4096, lr=1.5e-4, warmup=40.0, crop=0.2)),
-    "semi": dict(labels=25, epochs=4, batch=16, lr=0.5, warmup=0.2, ema=0.99, weight_decay=5e-4),
-    "semi imagenet": dict(labels=100, epochs=300, batch=1024, lr=0.03, ema=0.999, weight_decay=3e-4),
-    "fewshot": dict(labels=None, epochs=4, batch=50, lr=0.2, warmup=0.2),
-    "fewshot imagenet": dict(),
+TASKS = {
+    "supervised": classify,
+    "semi": classify,
+    "fewshot": classify,
+    "occlusion": occlusion,
+    "augmentor": pretrain,
 }
 
+# ------------------------------------------------------------------------------------------- command line
+
+# Defaults by kind of data and task; later rows go before earlier ones. The classifier of "imagenet" is
+# the paper's [from memory], all else is [not in the paper]. `updates` is a number of steps.
+PRESETS = {
+    "scenes": dict(
+        model="nano", decoder=dict(embed_dim=64, depth=2, num_heads=4), crop=0.5,
+        classifier="conv4", updates=600, batch=50, lr=0.5,
+        weight_decay=1e-4, ema=0.99),
+    "scenes augmentor": dict(updates=1875, batch=32, lr=1.6e-2, weight_decay=0.05),
+    "scenes supervised": dict(labels=50, augment=["none"]),
+    "small supervised": dict(labels=None, augment=["mra"], updates=2000),
+    "scenes semi": dict(labels=25, updates=700, batch=16, weight_decay=5e-4),
+    "imagenet": dict(
+        model="light", decoder=dict(embed_dim=192, depth=2, num_heads=3), crop=0.08,
+        size=[224], patch=16,
+        classifier="resnet50", epochs=100, batch=256, lr=0.1, warmup=5.0,
+        weight_decay=1e-4, ema=0.999),
+    "imagenet augmentor": dict(
+        epochs=200, batch=4096, lr=1.5e-4, warmup=40.0, weight_decay=0.05),
+    "imagenet semi": dict(
+        labels=100, epochs=300, batch=1024, lr=0.03, weight_decay=3e-4),
+}
+
+
 def preset(args, kind):
-    return dict(mean=None, weight_decay=1e-4, ema=0.999) | PRESETS[kind] | PRESETS.get(
-        f"{args.task} {kind}", PRESETS.get(args.task, {})) | dict(baseline=kind == "scenes" and "mra" in args.augment)
+    """→ the defaults for a kind of data and the task in args. `light` holds those of the augmentor."""
+    base = kind.replace("small", "scenes")
+    values = dict(PRESETS[base])
+    for row in (base, kind):
+        values |= PRESETS.get(f"{row} {args.task}", {})
+    light = dict(epochs=None, warmup=None, micro_batch=None)
+    return values | dict(light=light | PRESETS[f"{base} augmentor"])
+
+
+def augmentations(text):
+    """The argparse type of --augment: "mra+cutmix" → ["mra", "cutmix"]."""
+    names = text.split("+")
+    if not {"none", "mra", "cutout", "cutmix", "mixup", "randaugment"}.issuperset(names):
+        raise argparse.ArgumentTypeError("none, or some of mra, cutout, cutmix, mixup, randaugment, with +")
+    return names
+
 
 def options():
-    parser, add = shared_options("mra.py", "Trains a classifier on pictures that a masked autoencoder augments.", dict(
-        epochs=100, batch=256, lr=0.1, warmup="5, ours", weight_decay=1e-4, decayed="all weights", crop=0.08,
-        model="light, ours", decoder_dim="192, ours", decoder_depth="2, ours", decoder_heads="3, ours"))
-    parser.set_defaults(weight_decay=None)
-    switch = argparse.BooleanOptionalAction
-    add["model"]("--mask-ratio", type=float, default=0.4, help="share of the patches that is painted anew (0.4, after the paper)")
-    add["model"]("--mask-strategy", choices=STRATEGIES, default="low", help="which: those of low or high attention, or any (low)")
-    add["model"]("--apply", type=float, default=1.0, help="probability that a picture is augmented (1, our choice)")
-    add["model"]("--whole", action=switch, default=False,
-                 help="kept patches too come from the decoder, which never learned them (off)")
-    add["model"]("--augmentor", help="checkpoint of the masked autoencoder; left out: one is trained for this data, and kept")
-    add["model"]("--augmentor-epochs", type=int, help="epochs of its training (3 on scenes); --model, --patch and --decoder-… "
-                 "say what it is, --epochs, --batch, --lr and --warmup are the classifier's")
+    """→ mra.py's parser."""
+    parser = shared_options("Augments images with a masked autoencoder, and trains classifiers on them.")
+    count, fraction = number(int, 1), number(float, 0, 1)
+    classifiers = ["conv4", *torchvision.models.list_models(module=torchvision.models)]
+    add = parser.add_argument_group("mra").add_argument
+    add("--task", choices=TASKS, default="supervised", help="what to do")
+    add("--mask-ratio", type=number(float, 0.01, 0.99), default=0.4,
+        help="part of the patches that is painted (paper: 0.4 [from memory])")
+    add("--mask-strategy", choices=STRATEGIES, default="low",
+        help="hide patches of low or high attention, or any (paper: low)")
+    add("--apply", type=fraction, default=1.0, help="probability that an image is augmented")
+    add("--whole", action="store_true", help="take visible patches from the decoder, too")
+    add("--augmentor", help="checkpoint of a masked autoencoder; left out: one is trained in OUT/augmentor")
 
-    task = parser.add_argument_group("task").add_argument
-    task("--task", choices=TASKS, default="supervised", help="what to do (supervised)")
-    task("--augment", default="mra", help=f"augmentations beside crop and flip, joined by +: {', '.join(AUGMENTS)} (mra)")
-    task("--baseline", action=switch, help="first train the same without MRA (semi: with RandAugment) to compare (on: scenes)")
-    task("--classifier", help="conv4, or a torchvision classifier: resnet50, vit_b_16 … (resnet50)")
-    task("--labels", type=int, help="labelled pictures of each class (all; supervised scenes 50; semi 25, of folders 100)")
-    task("--imbalance", type=float, default=1.0, help="supervised: the first class has so many times the last one's pictures (1)")
-    task("--unlabelled", type=int, default=7, help="semi: unlabelled pictures for each labelled one (7)")
-    task("--threshold", type=float, default=0.95, help="semi: how sure the classifier must be of a picture (0.95)")
-    task("--ema", type=float, help="semi: share of the mean of the weights that a step keeps (0.999)")
-    task("--held-out", type=int, help="fewshot: classes that are kept for the test (half of them)")
-    task("--ways", type=int, default=5, help="fewshot: classes of an episode (5)")
-    task("--shots", type=int, nargs="+", default=[1, 5], help="fewshot: labelled pictures of each (1 5)")
-    task("--queries", type=int, default=15, help="fewshot: test pictures of each (15)")
-    task("--episodes", type=int, default=600, help="fewshot: how many (600)")
-    task("--copies", type=int, default=5, help="fewshot: views of each labelled picture that join it, cropped, flipped and "
-         "painted by MRA as in training (5, our choice)")
-    task("--compare", nargs="+", default=[], help="occlusion: best.pt of the classifiers")
+    add = parser.add_argument_group("classifier").add_argument
+    add("--augment", type=augmentations, default="mra",
+        help="none, mra, cutout, cutmix, mixup, randaugment, joined by + (scenes, supervised: none)")
+    add("--baseline", action="store_true", help="then do the same without MRA, in OUT/baseline")
+    add("--classifier", choices=classifiers, metavar="NAME",
+        help="conv4, or one of torchvision's (paper: resnet50)")
+    add("--labels", type=count, help="labelled images of each class")
+    add("--imbalance", type=number(float, 1), default=1.0,
+        help="long tail: images of the first class over those of the last")
+    add("--unlabelled", type=count, default=7,
+        help="semi: unlabelled images for each labelled one (FixMatch: 7)")
+    add("--threshold", type=fraction, default=0.95,
+        help="semi: how sure the classifier has to be (FixMatch: 0.95)")
+    add("--ema", type=fraction, help="semi: part of the averaged weights that a step keeps")
+    add("--held-out", type=count, help="fewshot: classes that are not trained on; left out: half of them")
+    add("--ways", type=count, default=5, help="fewshot: classes of an episode")
+    add("--shots", type=count, nargs="+", default=[1, 5],
+        help="fewshot: labelled images of each class")
+    add("--queries", type=count, default=15, help="fewshot: test images of each class")
+    add("--episodes", type=count, default=600, help="fewshot: number of episodes")
+    add("--compare", nargs="+", default=[], help="occlusion: last.pt of the classifiers")
     return parser
 
-ONLY = (  # options that do something with these values of another only
-    ("task", "supervised", "imbalance"),
-    ("task", "supervised semi fewshot",
-     "augment baseline classifier labels crop crops mask_ratio mask_strategy apply whole"),
-    ("task", "semi", "unlabelled threshold ema"),
-    ("task", "fewshot", "held_out ways shots queries episodes copies"),
-    ("task", "occlusion", "compare"),
-    ("augment", "mra", "mask_ratio mask_strategy apply whole augmentor augmentor_epochs"),
-    ("augmentor", "None", "augmentor_epochs"),
-)
 
 def main(arguments=None):
-    args = fit(settings(options(), preset, arguments, ONLY))
-    for name in args.augment.split("+"):
-        if name not in AUGMENTS or name == "none" and args.augment != "none":
-            near = difflib.get_close_matches(name, AUGMENTS, 1)
-            raise Problem(f"--augment {args.augment}: " + (f"did you mean {near[0]}?" if near and name != "none" else
-                          f"none, or some of {', '.join(AUGMENTS[1:])} joined by +"))
-    if args.baseline and "mra" not in args.augment.split("+") and not args.resume:
-        raise Problem(f"--baseline compares with and without mra, which --augment {args.augment} leaves out")
-    if args.task == "semi" and {"cutmix", "mixup"} & {*args.augment.split("+")}:
-        raise Problem("--task semi compares two views of one picture: no cutmix or mixup there")
-    if args.task == "fewshot" and min(args.shots) < 1:
-        raise Problem(f"--shots {min(args.shots)}: an episode needs a labelled picture of each class")
-    if args.task == "occlusion" and not args.compare:
-        raise Problem("--task occlusion needs --compare, the best.pt of one classifier or several")
-    if "mra" in args.augment.split("+") and not args.augmentor:
-        check_ratio(args)
+    args = parse_args(options(), "mra", preset, arguments)
     TASKS[args.task](args)
+
 
 if __name__ == "__main__":
     entry(main)

@@ -336,7 +336,7 @@ def stop_after_saving(process, number, out, steps):
 
 def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, cli):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ["--data", folder, *MODEL, "--epochs", 12]
+    flags = ["--data", folder, *MODEL, "--size", 128, "--patch", 32, "--epochs", 12]    # larger than what is kept in memory
     stop_after_saving(start(killed, *flags, "--workers", 2), signal.SIGKILL, killed, 0)
     reached = saved(killed)["step"]
     stop_after_saving(start(killed, "--resume", "--workers", 2), signal.SIGINT, killed, reached)
@@ -344,6 +344,22 @@ def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, cli):
     assert cli("--out", killed, "--resume", "--workers", 0)[0] == 0
     assert cli("--out", whole, *flags)[0] == 0
     assert_same_training(killed, whole)
+
+
+@pytest.mark.xfail(strict=True, reason="workers ignore the SIGTERM by which a process that ends wants to end them: it waits forever")
+def test_a_failure_in_a_worker_ends_the_run(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(40):
+        (tmp_path / "data" / f"{i}.png").write_bytes(b"broken")
+    Image.new("RGB", (128, 128)).save(tmp_path / "data" / "0.png")
+    for i in range(20, 30):                                                 # 16 bits, which a worker cannot stack on 8
+        Image.fromarray(np.full((128, 128), 4000, np.uint16)).save(tmp_path / "data" / f"{i}.png")
+    process = start(tmp_path / "out", *MODEL, "--data", tmp_path / "data", "--size", 128, "--workers", 2, launch=[])
+    try:
+        process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_two_processes_end_with_the_weights_of_one(tmp_path, cli):
@@ -371,9 +387,12 @@ def test_accumulation_equals_the_large_batch(flags, trained, tmp_path):
     for micro in (8, 2):
         mae.main(["--out", str(tmp_path / str(micro)), *MODEL, "--crop", "1", "--no-flip", "--drop-path", "0", "--epochs", "1",
                   "--lr", "1e-3", "--micro-batch", str(micro), *flags])
-        found.append(saved(tmp_path / str(micro))["encoder"])
-    close(*found, 1e-4)
-    assert not torch.equal(found[0]["cls_token"], saved(trained)["encoder"]["cls_token"])
+        found.append(saved(tmp_path / str(micro)))
+    close(found[0]["encoder"], found[1]["encoder"], 1e-4)
+    assert not torch.equal(found[0]["encoder"]["cls_token"], saved(trained)["encoder"]["cls_token"])
+    # AdamW's steps do not depend on the length of gradients, so look at their mean as well.
+    means = [torch.cat([state["exp_avg"].flatten() for state in each["optimizer"]["state"].values()]) for each in found]
+    assert (means[0] - means[1]).norm() < 1e-3 * means[1].norm()
 
 
 def test_more_epochs_are_a_reason_to_resume_and_another_rate_is_not(trained, tmp_path, cli):
@@ -485,7 +504,8 @@ def test_linear_is_the_ridge_regression_that_has_no_gradient_left():
 
 
 def test_evaluate_equals_a_slow_count(tmp_path):
-    images, labels = torch.randint(0, 255, (300, 1, 8, 8)).byte(), torch.randint(0, 7, (300,))
+    images = torch.rand(300, 64).argsort(dim=1).view(300, 1, 8, 8).byte()   # no two pixels alike
+    labels = torch.randint(0, 7, (300,))
     args = args_of(tmp_path, "--size", 8)
     args.mean, args.std, args.size = [0.0], [1.0], (8, 8)
     ids = torch.randperm(300)[:270]
@@ -493,20 +513,23 @@ def test_evaluate_equals_a_slow_count(tmp_path):
     def scores(batch):
         return batch[:, 0, 0, :7]
 
-    top1, top5, confusion = mae.evaluate(scores, Images(images, labels, range(7)), ids, Run(args), 7)
-    wanted, hits = np.zeros((7, 7), int), 0
+    result = mae.evaluate(scores, Images(images, labels, range(7)), ids, Run(args), 7)
+    right, seen, right5 = [0] * 7, [0] * 7, 0
     for i in ids.tolist():
-        order = images[i, 0, 0, :7].float().argsort(descending=True)
-        wanted[labels[i], order[0]] += 1
-        hits += labels[i] in order[:5]
-    assert abs(confusion.numpy() - wanted).sum() <= 6                       # equal scores
-    assert top1 == confusion.trace() / 270 and top5 == pytest.approx(hits / 270, abs=0.02)
+        order = images[i, 0, 0, :7].float().topk(5).indices
+        seen[labels[i]] += 1
+        right[labels[i]] += int(order[0] == labels[i])
+        right5 += int(labels[i] in order)
+    close(result["class_accuracy"], [hits / count for hits, count in zip(right, seen)], 1e-6)
+    assert result["top1"] == pytest.approx(sum(right) / 270)
+    assert result["top5"] == pytest.approx(right5 / 270)
 
 
 def test_lars_equals_a_slow_formula():
     weight, bias = torch.randn(4, 3), torch.randn(4)
     parameters = [torch.nn.Parameter(weight.clone()), torch.nn.Parameter(bias.clone())]
-    optimizer = mae.LARS(parameters)
+    optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
+    optimizer.register_step_pre_hook(mae.lars)
     velocity = [torch.zeros(4, 3), torch.zeros(4)]
     for lr in (0.5, 2.0, 1.0):
         gradients = [torch.randn(4, 3), torch.randn(4)]
