@@ -20,7 +20,12 @@ is a plain vision transformer.
     torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt    # the paper's recipe
     python mae.py --task probe --init runs/automae/last.pt      # what is the encoder worth?
 
-MEASURED
+Measured with the first command, seeds 0, 1: in the last epoch objects are highlighted 4.2 and 4.9 times as
+often as background. A map that is the same for all images, the mean over a batch, reaches 2.9 and 3.1: this
+part only says where objects tend to lie. The paper's boxes and weights do this. The adversarial part alone,
+seeds 0 to 3, gives 3.4 to 4.4 (same map: 2.7), and if attention is not multiplied (detail 10) 3.1 (same map:
+3.0). After as many steps of random masking the linear accuracy of the features was 0.42 and 0.46, after
+learned masking 0.53 and 0.39: two seeds show no difference.
 
 Details that matter
 1. No layer of the discriminator has a bias. With biases it can answer ½ to everything, and then nothing
@@ -352,7 +357,7 @@ def draw(model, prior, dataset, run):
     hidden = mask[..., None]                                          # (B, N, 1)
     rows = {"image": patches}
     if model.generator:
-        maps = {"attention of the prior": hint.mean(dim=1), "generator": model.generator(hint).exp()}
+        maps = {"attention of the prior": hint.mean(dim=1), "probability": model.generator(hint).exp()}
         for title, values in maps.items():
             rows[title] = patches * F.normalize(values, float("inf"))[..., None]     # 1 where it is highest
     rows["visible"] = patches * (1 - hidden)

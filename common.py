@@ -64,6 +64,8 @@ def patch_grid(img_size, patch_size):
 def patchify(images, patch_size):
     """images (B, C, H, W) → patches (B, N, P·P·C), row by row; within a patch the order is row, column,
     channel. Any number of channels, square or not. Raises UserError if the patches do not fit."""
+    # Each side is split in two, the number of a patch and the place within it. What belongs to one patch then
+    # moves to the end, and the rest is flattened.
     h, w = patch_grid(images.shape[2:], patch_size)
     x = images.unflatten(3, (w, patch_size)).unflatten(2, (h, patch_size))  # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -96,11 +98,13 @@ def sincos_positions(dim, grid):
 
 def gather_tokens(tokens, ids):
     """tokens (B, N, D), ids (B, n) → (B, n, D): the tokens with these numbers, chosen separately for each
-    image."""
+    image. This is how hidden patches are dropped, and how a shuffled order is undone."""
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
 
 
 # ---------------------------------------------------------------------------------------------- transformer
+
+# A ViT has `depth` blocks of `num_heads` heads each, and tokens of `embed_dim` numbers.
 
 def vit_size(embed_dim, depth, num_heads, patch_size=16):
     return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size)
@@ -131,6 +135,7 @@ class Attention(nn.Module):
 
     def project(self, x):
         """x (B, T, D) → queries, keys and values, each (B, heads, T, D/heads)."""
+        # One matrix makes all three for all heads at once.
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -193,19 +198,38 @@ class ViT(nn.Module):
     (global_pool="token") or the mean of the patch tokens ("avg"). Raises UserError if sizes do not divide.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=0, embed_dim=768, depth=12,
-                 num_heads=12, drop_path_rate=0.0, global_pool="token"):
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        num_classes=0,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        drop_path_rate=0.0,
+        global_pool="token",
+    ):
         super().__init__()
-        # What it takes to build this model again. Checkpoints keep it as args["vit"]; timm takes it as it is.
+        # What it takes to build this model again. Checkpoints keep it as args["vit"], and timm's
+        # VisionTransformer(**args["vit"]) is the same model.
         self.config = dict(
-            img_size=to_pair(img_size), patch_size=patch_size, in_chans=in_chans, num_classes=num_classes,
-            embed_dim=embed_dim, depth=depth, num_heads=num_heads, drop_path_rate=drop_path_rate,
-            global_pool=global_pool)
+            img_size=to_pair(img_size),
+            patch_size=patch_size,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            drop_path_rate=drop_path_rate,
+            global_pool=global_pool,
+        )
         vars(self).update(self.config)                                # self.patch_size and so on
         self.grid = patch_grid(img_size, patch_size)
 
+        # A convolution whose stride is its size is a linear layer on each patch.
         projection = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": projection})
+        self.patch_embed = nn.ModuleDict({"proj": projection})        # named as in timm: patch_embed.proj
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
         self.pos_embed = fixed_positions(embed_dim, self.grid)
         rates = torch.linspace(0, drop_path_rate, depth).tolist()     # deeper blocks are skipped more often
@@ -213,7 +237,7 @@ class ViT(nn.Module):
 
         # With the mean of the patch tokens the last norm comes after the mean, under another name (as in
         # MAE's code).
-        norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        norm = nn.LayerNorm(embed_dim, eps=1e-6)                     # PyTorch's own eps is ten times as large
         self.norm = norm if global_pool == "token" else nn.Identity()
         self.fc_norm = norm if global_pool == "avg" else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -225,7 +249,8 @@ class ViT(nn.Module):
         return x.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
 
     def add_class_token(self, tokens):
-        """tokens (B, n, D) → (B, 1+n, D): the class token comes first."""
+        """tokens (B, n, D) → (B, 1+n, D): the class token comes first. It stands for no patch; attention
+        gathers in it what the whole image is about."""
         class_token = self.cls_token + self.pos_embed[:, :1]
         return torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
@@ -265,8 +290,7 @@ class Decoder(nn.Module):
 
     def __init__(self, encoder, embed_dim=512, depth=8, num_heads=16):
         super().__init__()
-        # Checkpoints keep this as args["decoder"].
-        self.config = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
+        self.config = dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads)  # kept as args["decoder"]
         self.decoder_embed = nn.Linear(encoder.embed_dim, embed_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
         self.decoder_pos_embed = fixed_positions(embed_dim, encoder.grid)
@@ -294,6 +318,9 @@ class Decoder(nn.Module):
 
 # --------------------------------------------------------------------------------------- weights in and out
 
+# Every file is brought to timm's names first. The model is then built with the sizes that its tensors have,
+# and the tensors are copied into it.
+
 def read_checkpoint(path):
     """→ the dictionary in a checkpoint file, on the CPU. Nothing in a file can run code (`weights_only`).
     Raises UserError if the file is missing, damaged or something else."""
@@ -309,7 +336,7 @@ def read_checkpoint(path):
         raise UserError(f"{path} is damaged or not a checkpoint: {type(error).__name__}: {str(error)[:80]}")
 
 
-RENAMES = {            # Hugging Face's parameter names, in files and in newer classes: timm's, in this order
+RENAMES = {             # Hugging Face's parameter names, in files and in newer classes: timm's, in this order
     r"^((module|model|backbone|vit|embeddings)\.)+": "",
     r"^decoder\.(?=decoder_|mask_token)": "",
     r"^position_embeddings": "pos_embed",
@@ -329,6 +356,7 @@ RENAMES = {            # Hugging Face's parameter names, in files and in newer c
 def read_weights(path, part):
     """→ the tensors of a checkpoint's "encoder" or "decoder" under timm's names, and its options, {} if it
     has none. Raises UserError if a tensor holds something else than finite numbers."""
+    # Files differ in how deep the tensors lie: in the file itself or behind one of these names.
     state = read_checkpoint(path)
     args = state.get("args", {})
     if isinstance(args, argparse.Namespace):
@@ -336,6 +364,7 @@ def read_weights(path, part):
     for key in ("state_dict", "model", part):
         state = state.get(key, state)
 
+    # Integers, such as counters of batches, are no weights.
     renamed = {}
     for name, tensor in state.items():
         for pattern, replacement in RENAMES.items():
@@ -360,7 +389,7 @@ def count_blocks(state, prefix):
 def stored_grid(table, patch_size, *guesses):
     """→ the (rows, columns) of patches that a position table (1, 1+N, D) was made for: 144 patches may be
     12×12 or 9×16. guesses: image sizes, or None. Raises UserError if nothing fits."""
-    # A fixed sine-cosine table says so itself.
+    # A fixed sine-cosine table says so itself: try every shape that has as many patches.
     places, dim = table.shape[1] - 1, table.shape[2]
     for rows in range(1, places + 1):
         grid = (rows, places // rows)
@@ -407,15 +436,16 @@ def load_encoder(path, **overrides):
     fine-tuned), of timm or of Hugging Face (ViTMAE, ViT). Any argument of `ViT` can be given instead; for
     another img_size the positions are resized. A fine-tuned file gives the whole classifier, head included.
 
-    The ViT also has `classes` (names), `mean` and `std` (of its images, in pixel values 0 … 255), or None
-    where the file does not say. Raises UserError if there is no such encoder in the file, or it does not
-    fit the overrides.
+    The ViT also has `classes` (names), `mean` and `std` (of its images, in pixel values 0 … 255) and
+    `norm_pixels` (whether its decoder predicts normalised patches), or None where the file does not say.
+    Raises UserError if there is no such encoder in the file, or it does not fit the overrides.
     """
     state, args = read_weights(path, "encoder")
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         raise UserError(f"{path} has no encoder of this project, MAE's release, timm or Hugging Face")
 
-    # Sizes come from the tensors themselves; the file's options are only asked for what tensors do not show.
+    # Sizes come from the tensors themselves; the file's options are only asked for what tensors do not show:
+    # the number of heads, and whether a grid is oblong.
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     saved = args.get("vit", {})
     grid = stored_grid(state["pos_embed"], patch_size, saved.get("img_size"), overrides.get("img_size"))
@@ -433,7 +463,8 @@ def load_encoder(path, **overrides):
     encoder = ViT(**(config | overrides))
     state["pos_embed"] = resize_positions(state["pos_embed"], grid, encoder.grid)
     fill(encoder, state, path, optional=("head.", "norm.", "fc_norm."))
-    encoder.classes, encoder.mean, encoder.std = args.get("classes"), args.get("mean"), args.get("std")
+    for name in ("classes", "mean", "std", "norm_pixels"):
+        setattr(encoder, name, args.get(name))
     return encoder
 
 
@@ -461,6 +492,9 @@ def load_decoder(path, encoder, **overrides):
 # A dataset is anything with __len__ and __getitem__(i) → (uint8 image (C, H, W), label). If it also has
 # `targets` (all labels), `classes` (their names), `mean` and `std` (a number a channel, in pixel values 0 …
 # 255), these are used.
+
+# Scenes: images drawn by this project, so that everything can be tried without a download. A shape is a
+# function of the place (x, y) that is below zero inside the shape and grows with the distance from it.
 
 def box(x, y, a, b):
     """Below zero inside a rectangle with half sides a and b."""
@@ -533,7 +567,8 @@ def draw_scenes(ids, size=64, seed=0):
         distance[label == k] = shape(x[label == k], y[label == k])
     opacity = distance.mul_(-size * radius).add_(0.5).clamp_(0, 1)    # the border is one pixel soft
 
-    # Its colour is clearly lighter or darker than the background, so that it can be seen.
+    # Its colour is random, but clearly lighter on a dark background and darker on a light one, so that it can
+    # be seen.
     brightness = background.mean(dim=1, keepdim=True)
     tint = colour()
     tint = 0.8 * (tint - tint.mean(dim=1, keepdim=True)) + brightness
@@ -566,8 +601,9 @@ class Scenes(Images):
         super().__init__(images, labels, SHAPES, masks)
 
 
-Image.MAX_IMAGE_PIXELS = None                                        # Pillow's own limit is replaced by ours:
-MAX_PIXELS = 100_000_000                 # a file of a few kB can claim billions of pixels and fill the memory
+# A file of a few kB can claim billions of pixels and fill the memory. Pillow looks at what it claims before
+# it decodes, warns above this number and refuses twice as many.
+Image.MAX_IMAGE_PIXELS = 50_000_000
 
 
 def read_image(path):
@@ -575,8 +611,6 @@ def read_image(path):
     images become RGB. Grey files of more than 8 bits become float32 with every level kept, scaled so that
     the file's largest value is 255. Raises OSError or another of Pillow's errors for a broken file."""
     with Image.open(path) as image:
-        if image.width * image.height > MAX_PIXELS:                   # known from the header, before decoding
-            raise OSError(f"it claims to have {image.width}×{image.height} pixels")
         if image.mode[0] in "IF":
             levels = torch.from_numpy(np.array(image, dtype=np.float32))
             return (levels * 255 / levels.max().clamp(min=1)).expand(3, -1, -1)
@@ -606,9 +640,10 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
             raise UserError(f"there is no image in {root} or below it")
 
     def find_classes(self, root):
+        """→ classes (names), and the number of each sub-folder: torchvision asks for them."""
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if len(folders) < 2 or any(map(is_image, os.scandir(root))):
-            return [], {".": -1}                                      # everything below the folder
+            return [], {".": -1}                                      # all below root itself, with label −1
         classes = self.classes or folders
         unknown = set(folders) - set(classes)
         if unknown:
@@ -616,32 +651,36 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
         return classes, {name: k for k, name in enumerate(classes)}
 
     def __getitem__(self, index):
-        try:
-            return super().__getitem__(index)
-        except Exception as error:                                    # Pillow raises a dozen kinds
-            print(f"the next image stands in for {self.samples[index]}: {error}", file=sys.stderr, flush=True)
-            return self[(index + 1) % len(self)]
+        for i in range(index, index + 20):
+            path, label = self.samples[i % len(self)]
+            try:
+                return read_image(path), label
+            except Exception as error:                                # Pillow raises a dozen kinds
+                print(f"unreadable, the next image stands in: {path}: {error}", file=sys.stderr, flush=True)
+        raise UserError(f"20 images in a row are unreadable, the last is {path}")
 
 
-SPLITS = {                                # where the parts are not called "train" and "test"
-    "STL10": ("train+unlabeled", "test"), "Imagenette": ("train", "val"), "OxfordIIITPet": ("trainval", "test")}
+SPLITS = {                                                 # where the parts are not called "train" and "test"
+    "STL10": ("train+unlabeled", "test"),
+    "Imagenette": ("train", "val"),
+    "OxfordIIITPet": ("trainval", "test"),
+}
 
 
 def torchvision_datasets(name, root):
     """→ torchvision's training and test images of this name ("cifar10", "fashion-mnist", …), downloaded to
     root if need be. Raises UserError if there is no such dataset, or it cannot be had."""
     names = {known.lower(): known for known in torchvision.datasets.__all__}
-    known = names.get(name.replace("-", "").lower())
-    if known is None:
-        raise UserError(f"--data {name} is neither a folder nor one of torchvision's datasets")
-    make = getattr(torchvision.datasets, known)
-    option, values = "split", SPLITS.get(known, ("train", "test"))
-    if "train" in inspect.signature(make).parameters:
-        option, values = "train", (True, False)
     try:
+        known = names[name.replace("-", "").lower()]
+        make = getattr(torchvision.datasets, known)
+        # Some classes have an option train=True or False, the others name their parts.
+        option, values = "split", SPLITS.get(known, ("train", "test"))
+        if "train" in inspect.signature(make).parameters:
+            option, values = "train", (True, False)
         return [make(root, download=True, transform=v2.PILToTensor(), **{option: value}) for value in values]
-    except (RuntimeError, OSError, TypeError) as error:
-        raise UserError(f"{name} is not whole in {root}, and downloading it failed: {error}")
+    except (KeyError, RuntimeError, OSError, TypeError) as error:
+        raise UserError(f"--data {name} is no folder, and torchvision cannot load such a dataset: {error}")
 
 
 def labels_of(dataset):
@@ -656,11 +695,14 @@ def labels_of(dataset):
 def open_data(args):
     """--data → (training dataset, validation dataset or None). Raises UserError if there is no such data."""
     if args.data is None:
+        # Validation scenes have numbers so high that no training scene has them.
         size = min(to_pair(args.size or 64))
-        val = Scenes(args.limit or 4_000, size, args.seed, first=1 << 40)
-        return Scenes(args.limit or 20_000, size, args.seed), val
+        count, val_count = (min(number, args.limit or number) for number in (20_000, 4_000))
+        val = Scenes(val_count, size, args.seed, first=1 << 40)
+        return Scenes(count, size, args.seed), val
     if not os.path.isdir(args.data):
         return torchvision_datasets(args.data, args.root)
+    # ImageNet's layout is train/CLASS and val/CLASS. Any other folder is searched for images as it is.
     folder, val_folder = f"{args.data}/train", f"{args.data}/val"
     if not os.path.isdir(folder):
         return ImageFolder(args.data), None
@@ -673,12 +715,14 @@ def prepare_data(args, run, train=None, val=None):
     the data tell: in_chans, size and patch if they are open, mean and std. Raises UserError if images and
     options do not fit."""
     if train is None:
+        # One process of a machine opens the data before the others, because it may have to download them.
         run.print(f"opening {args.data or 'scenes, drawn by this project'}")
-        if run.local_rank:                                            # one process of a machine downloads
+        if run.local_rank:
             dist.barrier()
         train, val = open_data(args)
         if run.world > 1 and not run.local_rank:
             dist.barrier()
+
     image, _ = train[0]
     if not torch.is_tensor(image) or image.ndim != 3:
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
@@ -689,21 +733,25 @@ def prepare_data(args, run, train=None, val=None):
     sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
         sides = to_pair(min(*sides, 224 if run.device.type == "cuda" else 64))
-    if args.patch is None:                                        # the shorter side: about 12 patches at most
+    if args.patch is None:                                            # up to 12 patches in the shorter side
         args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), 16)
     if args.size is None:
         sides = [side - side % args.patch for side in sides]
     args.size = tuple(sides)
 
+    # Pixels are normalised by the mean and standard deviation of each channel: those given, or those the
+    # dataset names, or else those of some 500 of its images.
     if args.mean is None and hasattr(train, "mean"):
         args.mean, args.std = train.mean, train.std
-    if args.mean is None or args.std is None:                         # measured over some 500 images
+    if args.mean is None or args.std is None:
         pixels = torch.cat([train[i][0].flatten(1).float() for i in spread(len(train), 500)], dim=1)
-        args.mean, args.std = pixels.mean(dim=1).tolist(), pixels.std(dim=1).clamp(min=1).tolist()
+        args.mean = pixels.mean(dim=1).tolist()
+        args.std = pixels.std(dim=1).clamp(min=1).tolist()            # a channel may be the same everywhere
     if len(args.mean) != args.in_chans:
         raise UserError(f"the images have {args.in_chans} channels; --mean or --init is for {len(args.mean)}")
 
-    # Small images are read once and for all.
+    # Images that are small at --size are read once and for all: decoding a photo takes longer than a
+    # training step of a small model.
     if args.data is None or max(args.size) > 96 or len(train) * math.prod(args.size) > 500_000_000:
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
@@ -738,6 +786,7 @@ def training_plan(ids, run, times=1):
     """
     size = run.micro_batch * times
     for step in range(run.step, run.total_steps):
+        # All processes draw the same order, and each takes what is its own.
         epoch, place = divmod(step, run.steps_per_epoch)
         generator = torch.Generator().manual_seed(seed_for(run.args.seed, epoch))
         order = ids[torch.randperm(len(ids), generator=generator)]
@@ -759,7 +808,9 @@ def view_transform(args, train, augment=None):
 
 def middle(image, size):
     """image (C, H, W) → its middle (C, *size). As in the paper, seven eighths of the shorter side are seen,
-    and all of it by models for more than 224 pixels."""
+    and all of it by models for more than 224 pixels. An image that has the size already stays as it is."""
+    if image.shape[1:] == size:
+        return image
     scale = min(image.shape[1] / size[0], image.shape[2] / size[1])
     if min(size) <= 224:
         scale *= 0.875
@@ -782,6 +833,13 @@ class View(Dataset):
         return self.transform(image), label, seed
 
 
+def stack(samples):
+    """Samples of a `View` → images (b, C, h, w), labels (b,), the first seed. Images of 8 bits, uint8, and of
+    16, float32, make one batch of float32."""
+    images, labels, seeds = zip(*samples)
+    return torch.stack(images), torch.tensor(labels), seeds[0]
+
+
 def ignore_signals(worker):
     """A terminal's Ctrl-C reaches worker processes too, but the main process wants to save first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -794,9 +852,13 @@ def file_batches(dataset, plan, run, transform):
     loader = DataLoader(
         View(dataset, transform),
         batch_sampler=([(i, seed) for i in ids.tolist()] for ids, seed in plan),
-        num_workers=run.args.workers, worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda")
-    for images, labels, seeds in loader:
-        torch.manual_seed(seeds[0].item())
+        collate_fn=stack,
+        num_workers=run.args.workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=run.device.type == "cuda",                         # copied to a GPU while it computes
+    )
+    for images, labels, seed in loader:
+        torch.manual_seed(seed)
         yield images, labels
 
 
@@ -824,6 +886,8 @@ def batches(dataset, plan, run, train=False, augment=None):
         source = memory_batches
         if not train:
             transform = v2.Resize(args.size)                          # all of the image
+
+    # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device.
     for images, labels in source(dataset, plan, run, transform):
         images = images.to(run.device, non_blocking=True)
         labels = labels.to(run.device, non_blocking=True)
@@ -840,6 +904,7 @@ def to_pixels(images, args):
 def save_image_rows(path, rows):
     """Writes a PNG. rows: {title: uint8 images (n, C, H, W)}, all of one shape; each row stands under its
     title. Of images with other than 1 or 3 channels the first is shown."""
+    # All rows are one grid, with gaps high enough for a line of text.
     images = torch.cat([*rows.values()])
     images = images if images.shape[1] == 3 else images[:, :1]
     images = F.interpolate(images, scale_factor=max(1, 128 // images.shape[3]))  # small images, larger
@@ -898,10 +963,13 @@ class Run:
 
     def __init__(self, args):
         self.args = args
+        # Nothing is lost to a forgotten --out: ask before anything takes time.
         if os.path.exists(f"{args.out}/args.json") and not args.resume and not args.overwrite:
             raise UserError(f"{args.out} holds a run: --resume continues it, --overwrite replaces it")
-        self.step, self.seconds, self.signal = 0, 0.0, 0
-        self.sums, self.numbers, self.history = {}, {}, []
+        self.step = 0
+        self.seconds = 0.0                                            # of training, over all resumed parts
+        self.signal = 0                                          # the number of the signal that stops the run
+        self.sums, self.numbers, self.history = {}, {}, []            # for log.jsonl
 
         # torchrun starts a script several times; these variables tell each process which one it is.
         self.rank = int(os.environ.get("RANK", 0))
@@ -911,9 +979,12 @@ class Run:
             dist.init_process_group(timeout=timedelta(hours=2))
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-        # bf16 has the range of float32. fp16 has not: small gradients vanish in it unless they are scaled.
+        # Matrix products in 16 bits take half the time. bf16 has the range of float32. fp16 has not: small
+        # gradients vanish in it unless the loss is scaled up, which is the scaler's work.
         precision = "fp32"
         if self.device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(f"there is no GPU number {self.local_rank}: fewer processes, or --device cpu")
             torch.cuda.set_device(self.local_rank)
             torch.set_float32_matmul_precision("high")                # TF32 for what stays float32
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -922,7 +993,8 @@ class Run:
         self.autocast = torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
-        # --batch images a step, over all processes. Each takes its part in micro-batches; gradients add up.
+        # --batch images a step, over all processes, so that learning does not depend on how many they are.
+        # Each process takes its part in micro-batches that fit into memory; their gradients add up.
         self.accumulate = math.ceil(args.batch / self.world / (args.micro_batch or 256))
         self.micro_batch = args.batch // (self.world * self.accumulate)
         if self.world * self.accumulate * self.micro_batch != args.batch:
@@ -957,12 +1029,14 @@ class Run:
         optimizers that make up a checkpoint, OUT/last.pt. From here on the folder belongs to this run."""
         args, self.parts = self.args, parts
         self.steps_per_epoch = max(1, count // args.batch)
-        if args.epochs is None:                                       # the preset says how many steps it takes
+        if args.epochs is None:                                       # the preset says how many steps
             args.epochs = math.ceil(args.updates / self.steps_per_epoch)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = self.total_steps / 10
         if args.warmup is not None:
             self.warmup_steps = args.warmup * self.steps_per_epoch
+
+        # Random numbers are a function of (seed, step), so the step is all there is to know about them.
         if args.resume:
             saved = read_checkpoint(f"{args.out}/last.pt")
             for name, part in parts.items():
@@ -972,8 +1046,9 @@ class Run:
         if self.rank == 0:
             self.claim_folder()
         if count:
-            self.print(f"{count} images, {self.total_steps} steps of {args.batch} on {self.world} × {self.device}; "
-                       f"peak learning rate --lr × batch / 256 = {args.lr * args.batch / 256:.2g}")
+            self.print(
+                f"{count} images, {self.total_steps} steps of {args.batch} on {self.world} × {self.device}; "
+                f"peak learning rate --lr × batch / 256 = {args.lr * args.batch / 256:.2g}")
             if self.total_steps < 300:
                 self.print("fewer than 300 steps: enough for a try, too few to judge the method by")
 
@@ -981,11 +1056,16 @@ class Run:
         """Removes what an older run left, and writes OUT/args.json: options, versions, device and commit."""
         args = self.args
         os.makedirs(args.out, exist_ok=True)
-        _, commit = subprocess.getstatusoutput(f"git -C '{pathlib.Path(__file__).parent}' rev-parse HEAD")
+        code = pathlib.Path(__file__).parent
+        commit = subprocess.getoutput(f"git -C '{code}' rev-parse HEAD 2>/dev/null")  # or nothing
         on_gpu = self.device.type == "cuda"
         made_with = dict(
-            torch=torch.__version__, cuda=torch.version.cuda, python=sys.version, commit=commit,
-            device_name=torch.cuda.get_device_name() if on_gpu else platform.machine())
+            torch=torch.__version__,
+            cuda=torch.version.cuda,
+            python=sys.version,
+            commit=commit,
+            device_name=torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        )
         # "x" fails if there is such a file: of two runs that start at once, one is refused.
         with open(f"{args.out}/args.json", "w" if args.resume or args.overwrite else "x") as file:
             json.dump(vars(args) | made_with, file, indent=1)
@@ -1025,6 +1105,7 @@ class Run:
     def steps(self):
         """Yields the numbers of the steps still to do. Between two steps it prints, logs and saves. After
         SIGTERM, SIGHUP or Ctrl-C it saves and stops when the step is done; a second one stops at once."""
+        # Stopping in the middle of a step would lose it, so the signal is only noted.
         def stop(number, frame):
             now = time.monotonic()
             if not self.signal:
@@ -1047,7 +1128,9 @@ class Run:
                 signal.signal(number, handler)
 
     def after_step(self):
-        # If one process is to stop, or has waited for eight seconds, all look. An epoch ends in all at once.
+        """Looks at the run when an epoch ends, eight seconds have passed, or a signal came; else returns."""
+        # Processes have to look after the same step, or they would wait for each other without end. So each
+        # learns what the others know: the signal, and the seconds since the last look.
         facts = torch.tensor([self.signal, time.monotonic() - self.looked_at])
         if self.world > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX)
@@ -1056,7 +1139,8 @@ class Run:
         if not (stop or ends_epoch or waited > 8):
             return
 
-        # The mean of each logged value over the epoch so far, and over all processes.
+        # The mean of each logged value over the epoch so far, and over all processes. This waits for the
+        # GPU, which is why it is not done after every step.
         done = (self.step - 1) % self.steps_per_epoch + 1
         means = {}
         for name, value in self.sums.items():
@@ -1065,29 +1149,47 @@ class Run:
                 dist.all_reduce(mean)
             means[name] = mean.tolist()
         if not math.isfinite(means["loss"]):
-            raise UserError(f"the loss is {means['loss']} at step {self.step}: try a lower --lr, a longer "
-                            f"--warmup or --precision fp32. {self.args.out}/last.pt is from before")
+            raise UserError(
+                f"the loss is {means['loss']} at step {self.step}: try a lower --lr, a longer --warmup or "
+                f"--precision fp32. {self.args.out}/last.pt is from before")
 
-        # Speed is that of the whole run, with everything that takes time.
-        now = self.looked_at = time.monotonic()
+        # One line for the terminal, and at the end of an epoch for the log. The speed is that of the whole
+        # run.
+        now = time.monotonic()
         seconds = now - self.began
+        last = self.step == self.total_steps
         line = dict(
-            step=self.step, epoch=round(self.step / self.steps_per_epoch, 2), **means, **self.numbers,
-            images_per_s=round(self.args.batch * self.step / seconds, 1), seconds=round(seconds, 1))
+            step=self.step,
+            epoch=round(self.step / self.steps_per_epoch, 2),
+            **means,
+            **self.numbers,
+            images_per_s=round(self.args.batch * self.step / seconds, 1),
+            seconds=round(seconds, 1),
+        )
         left = timedelta(seconds=round(seconds / self.step * (self.total_steps - self.step)))
         text = "  ".join(f"{name} {value:.5g}" for name, value in line.items() if not isinstance(value, list))
-        self.print(f"{text}  left {left}")
+        if waited > 2 or stop or last:                              # not after every one of many short epochs
+            self.print(f"{text}  left {left}")
+            self.looked_at = now
         if ends_epoch:
             self.write_log(**line)
             self.sums, self.numbers = {}, {}
-        if stop or self.step == self.total_steps or now > self.save_at:
+
+        # A checkpoint holds all that the next step depends on. Writing them takes 2 % of the time at most.
+        if stop or last or now > self.save_at:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
             self.save(
-                "last.pt", **parts, step=self.step, seconds=seconds, sums=self.sums, history=self.history)
-            self.save_at = now + max(30, 50 * (time.monotonic() - now))  # saving takes 2 % of the time at most
+                "last.pt",
+                **parts,
+                step=self.step,
+                seconds=seconds,
+                sums=self.sums,
+                history=self.history,
+            )
+            self.save_at = now + max(30, 50 * (time.monotonic() - now))
         if stop:
             self.print(f"stopped and saved at step {self.step}: the same command with --resume goes on")
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + int(stop))                         # as the shell counts
 
 
 def entry(main):
@@ -1154,7 +1256,8 @@ def shared_options(description):
     add("--flip", action=switch, default=True, help="flip images at random")
     add("--mean", type=float, nargs="+", help="mean of each channel, in pixel values 0 to 255")
     add("--std", type=amount, nargs="+", help="standard deviation of each channel, in pixel values")
-    add("--workers", type=whole, default=min(8, os.cpu_count()), help="processes that read images, for each GPU")
+    workers = min(8, os.cpu_count())
+    add("--workers", type=whole, default=workers, help="processes that read images, beside each that trains")
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (at most 256)")
     add("--device", help="where to compute (cuda where there is one)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (GPU: bf16, CPU: fp32)")
@@ -1176,7 +1279,7 @@ def kind_of_data(args):
     for folder, _, names in os.walk(args.data, followlinks=True):
         count += len(names)
         for name in names[:1]:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):                      # whatever Pillow says of it
                 side = min(Image.open(f"{folder}/{name}").size)
     return "imagenet" if count > 50_000 and side >= 100 else "small"
 
@@ -1185,17 +1288,24 @@ def parse_args(parser, script, preset, arguments=None):
     """→ the options of a run. Those that are not given come from preset(args, kind of data), a dictionary;
     with --resume all come from the run, and only some that do not change what is learned may be given
     anew."""
+    # A first look at the command line: its data, model and task decide about the presets. --help has to
+    # wait until these are known.
     args, _ = parser.parse_known_args(arguments)
     out = args.out or f"runs/{script}"
     task = getattr(args, "task", None)
     evaluation = args.out is None and task != parser.get_default("task")
     if evaluation:
         out += f"-{task}"
-    values = preset(args, kind_of_data(args)) if not args.resume else read_checkpoint(f"{out}/last.pt")["args"]
+
+    # The values that are not given on the command line.
+    if args.resume:
+        values = read_checkpoint(f"{out}/last.pt")["args"]
+    else:
+        values = preset(args, kind_of_data(args))
     parser.set_defaults(**values)
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(arguments)
-    args.out, args.script = out, script
+    args.out = out
 
     # A finished evaluation may be replaced.
     if evaluation and os.path.exists(f"{out}/log.jsonl"):

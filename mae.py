@@ -146,7 +146,7 @@ class MAE(nn.Module):
                 raise UserError("the mask has to hide equally many patches in every image")
             noise = mask.float()
         elif noise is None:
-            noise = self.draw_noise(len(images), self.encoder.grid, images.device)
+            noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
         ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
 
         # The encoder runs on a quarter of the tokens. This line is where the paper's threefold speed-up
@@ -598,7 +598,8 @@ def reconstruct(args, train=None, val=None):
     """--task reconstruct: draws what a pre-trained model makes of images."""
     run = Run(args)
     encoder, train, val = prepare(args, run, train, val)
-    model = MAE(encoder, load_decoder(args.init, encoder), args.norm_pixels, args.masking)
+    norm_pixels = args.norm_pixels if encoder.norm_pixels is None else encoder.norm_pixels
+    model = MAE(encoder, load_decoder(args.init, encoder), norm_pixels, args.masking)
     run.start()
     draw(model.to(run.device), val or train, run)
     run.write_log(task=args.task)

@@ -21,7 +21,14 @@ vision transformer.
     torchrun --nproc_per_node=8 mixedae.py --data /imagenet     # MAE's recipe for ViT-B, as in the paper
     python mae.py --task probe --init runs/mixedae/last.pt      # what is the encoder worth? it is a plain ViT
 
-MEASURED
+Measured on scenes, one thread of an AMD EPYC: twelve minutes beside other work, about five alone. Seed 0: of
+the chosen keys 0.25, 0.40, 0.29 and 0.50 come from the same image, block by block, by chance 0.24. A linear
+classifier, fitted in closed form to the frozen features as in mae.py, reaches 0.560. After half as many steps
+(--epochs 2) it reaches 0.428, without the projection head 0.384, after naive mixing 0.443 and after MAE
+0.406; reconstruction losses are 0.345, 0.340, 0.332 and 0.334. Another seed gives 0.397 instead of 0.428, so
+this is no ranking. Naive mixing makes reconstruction hardly easier and does the features no harm here: what
+the paper finds does not show in so short a training. And segments make recognition easy: the contrastive loss
+reaches 2.725 of at least 2.723 in two epochs.
 
 Details that matter
 1. One random order of the places is cut into as many parts as a group has images: each place has one owner.
@@ -29,7 +36,8 @@ Details that matter
    same, and a token keeps the position that it has in its image.
 3. K, the number of keys that a query sees, is the number of patches an image shows [from memory]. Each head
    of every block chooses for itself [from memory]. Keys that tie with the K-th are seen too. The choice has
-   no gradient.
+   no gradient, so it is learned slowly. If keys start as copies of queries (not done here), 0.58 are right in
+   the best block after two epochs instead of 0.37, and the features gain nothing.
 4. The class token sees every token and is seen by every one. It is not one of the K keys [not in the paper].
 5. Homologous attention has the parameters of plain attention, so the checkpoint holds a plain ViT, to be used
    with full attention.
@@ -38,9 +46,8 @@ Details that matter
 7. For decoding, all images of a group get the one class token of their mixture [not in the paper].
 8. Temperature 0.25, weight 0.1 and mix ratio 0.25 are [from memory]. The contrastive loss reads the encoder's
    output through a projection head of two layers, which is thrown away [not in the paper]. Without it, the
-   features that a probe reads say which member of the group a token is, and little else.
-9. topk_accuracy leaves the query itself out. A query nearly always chooses itself, so that with it half of
-   the keys seem right before any training.
+   loss would act on the very tokens that a probe reads.
+9. topk_accuracy leaves the query itself out: a query that chooses itself has found nothing.
 10. The images of a group are different ones, in random order [not in the paper].
 """
 
@@ -264,7 +271,7 @@ def pretrain(args, train=None, val=None):
     for step in run.steps():
         # Up in a straight line for --warmup epochs, then down half a cosine to zero.
         peak = args.lr * args.batch / 256
-        lr = learning_rate(step, peak, args.warmup * run.steps_per_epoch, run.total_steps)
+        lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
@@ -337,7 +344,6 @@ MINUTES = dict(
     updates=2500,
     batch=32,
     lr=1.6e-2,
-    warmup=0.4
 )
 IMAGENET = dict(
     model="base",

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["OMP_NUM_THREADS"] = "1"         # machines are shared, and sums come out alike, also in subprocesses
+# Machines are shared, and sums come out alike, also in subprocesses.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
 
@@ -32,8 +33,8 @@ def seeded():
 
 @pytest.fixture
 def cli(request, capsys, monkeypatch):
-    """cli(*arguments) runs a script's command line in this process: NAME.py for test_NAME.py, or `script`. → exit code,
-    stdout, stderr."""
+    """cli(*arguments) runs a script's command line in this process: NAME.py for test_NAME.py, or `script`.
+    → exit code, stdout, stderr."""
     def run(*arguments, script=None):
         import common
         script = script or importlib.import_module(request.module.__name__.removeprefix("test_"))

@@ -20,11 +20,6 @@ RUN = ("--size 16 --patch 4 --limit 64 --epochs 2 --prior-updates 8 --batch 16 -
        "--device cpu").split()                                              # 8 steps of 16 images, twice
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
 def tiny(grid=(4, 4), heads=None, dtype=torch.float64, **options):
     """A model for images of grid × 4 pixels, with no parameter at a value where mistakes would not show."""
     torch.manual_seed(0)
@@ -93,7 +88,7 @@ def test_the_soft_mask_is_a_draw_from_the_generator_and_keeps_its_gradient():
     probability = model.generator(20 * hint).exp()[0]
     count = 4000
     _, _, _, soft_mask = model(draw_images(1).expand(count, -1, -1, -1), 20 * hint.expand(count, -1, -1))
-    torch.testing.assert_close(soft_mask.sum(dim=1), torch.ones(count, dtype=torch.float64))
+    torch.testing.assert_close(soft_mask.sum(dim=1), torch.ones(count))    # float32, for any precision
     frequency = soft_mask.argmax(dim=1).bincount(minlength=16) / count
     assert ((frequency - probability).abs() < 5 * (probability / count).sqrt()).all()
     assert soft_mask.std(dim=0).min() > 0.005 and soft_mask.requires_grad
