@@ -428,7 +428,9 @@ def fill(module, state, path, optional=()):
     if not all(name.startswith(optional) for name in missing):
         raise UserError(f"{path} does not fit this model: missing or of another shape are {missing[:4]}")
     module.load_state_dict(fitting, strict=False)
-    print(f"loaded {len(fitting)} tensors from {path}; new: {missing}; not used: {unused[:4]}", flush=True)
+    notes = f"; starting anew: {', '.join(missing)}" if missing else ""
+    notes += f"; not used here: {', '.join(unused[:4])} …" if unused else ""
+    print(f"loaded {len(fitting)} tensors from {path}{notes}", flush=True)
 
 
 def load_encoder(path, **overrides):
@@ -1234,16 +1236,16 @@ def shared_options(description):
     switch = argparse.BooleanOptionalAction
     count, whole, amount = number(int, 1), number(int, 0), number(float, 0)
     add = parser.add_argument
-    add("--data", help="a folder, or a torchvision dataset: cifar10 …; left out: scenes, drawn on the spot")
+    add("--data", help="a folder, or a torchvision dataset: cifar10 …; None: scenes, drawn on the spot")
     add("--out", help="folder for checkpoints, log and images; left out: runs/SCRIPT")
     add("--init", help="checkpoint to take weights from: ours, MAE's, timm's or Hugging Face's")
     add("--model", choices=VITS, help="size of the encoder (paper: base)")
-    add("--size", type=count, nargs="+", help="side of the images, or height and width (paper: 224)")
-    add("--patch", type=count, help="side of a patch in pixels (paper: 16)")
-    add("--epochs", type=count, help="how often every image is seen (paper: 800)")
+    add("--size", type=count, nargs="+", help="side in pixels, or height and width; None: by the data (paper: 224)")
+    add("--patch", type=count, help="side of a patch in pixels; None: by the size (paper: 16)")
+    add("--epochs", type=count, help="times every image is seen; None: by the steps (paper: 800)")
     add("--batch", type=count, help="images a step, over all processes (paper: 4096)")
     add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (paper: 1.5e-4)")
-    add("--warmup", type=amount, help="epochs of rising learning rate; left out: a tenth of all (paper: 40)")
+    add("--warmup", type=amount, help="epochs of rising learning rate; None: a tenth of all (paper: 40)")
     add("--limit", type=count, help="use only so many images, for a quick try")
     add("--seed", type=whole, default=0, help="decides weights, order, crops and masks")
     add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
@@ -1297,15 +1299,17 @@ def parse_args(parser, script, preset, arguments=None):
     if evaluation:
         out += f"-{task}"
 
-    # The values that are not given on the command line.
-    if args.resume:
+    # The values that are not given on the command line. A folder without args.json holds only a run that had
+    # to come first, which goes on by itself.
+    resume = args.resume and not (os.path.isdir(out) and not os.path.exists(f"{out}/args.json"))
+    if resume:
         values = read_checkpoint(f"{out}/last.pt")["args"]
     else:
         values = preset(args, kind_of_data(args))
     parser.set_defaults(**values)
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(arguments)
-    args.out = out
+    args.out, args.resume = out, resume
 
     # A finished evaluation may be replaced.
     if evaluation and os.path.exists(f"{out}/log.jsonl"):

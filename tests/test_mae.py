@@ -225,7 +225,6 @@ def test_reconstruct_fills_hidden_patches_and_leaves_the_others(norm_pixels, mon
         close(filled, guess if hidden else true, 1e-4 if hidden else 0)
 
 
-@pytest.mark.xfail(strict=True, reason="len(images) is a constant in an export; images.shape[0] is not")
 def test_mae_exports_with_a_free_batch_size_and_draws_its_masks():
     model, images = tiny(), torch.randn(5, 3, 16, 16)
     free = {"images": {0: torch.export.Dim("B")}}
