@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -1208,6 +1209,9 @@ def entry(main):
         code, message = 130, "interrupted"
     except SystemExit as stop:
         code = stop.code or 0
+    finally:
+        for worker in multiprocessing.active_children():              # which ignore a friendlier signal
+            worker.kill()
     if message:
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
@@ -1240,9 +1244,9 @@ def shared_options(description):
     add("--out", help="folder for checkpoints, log and images; left out: runs/SCRIPT")
     add("--init", help="checkpoint to take weights from: ours, MAE's, timm's or Hugging Face's")
     add("--model", choices=VITS, help="size of the encoder (paper: base)")
-    add("--size", type=count, nargs="+", help="side in pixels, or height and width; None: by the data (paper: 224)")
+    add("--size", type=count, nargs="+", help="side in pixels, or height and width (paper: 224)")
     add("--patch", type=count, help="side of a patch in pixels; None: by the size (paper: 16)")
-    add("--epochs", type=count, help="times every image is seen; None: by the steps (paper: 800)")
+    add("--epochs", type=count, help="times every image is seen; None: by the number of steps (paper: 800)")
     add("--batch", type=count, help="images a step, over all processes (paper: 4096)")
     add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (paper: 1.5e-4)")
     add("--warmup", type=amount, help="epochs of rising learning rate; None: a tenth of all (paper: 40)")
@@ -1257,7 +1261,7 @@ def shared_options(description):
     add("--crop", type=number(float, 0.01, 1), help="least part of the area in a random crop (paper: 0.2)")
     add("--flip", action=switch, default=True, help="flip images at random")
     add("--mean", type=float, nargs="+", help="mean of each channel, in pixel values 0 to 255")
-    add("--std", type=amount, nargs="+", help="standard deviation of each channel, in pixel values")
+    add("--std", type=number(float, 1e-6), nargs="+", help="standard deviation, likewise")
     workers = min(8, os.cpu_count())
     add("--workers", type=whole, default=workers, help="processes that read images, beside each that trains")
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (at most 256)")
@@ -1283,6 +1287,8 @@ def kind_of_data(args):
         for name in names[:1]:
             with contextlib.suppress(Exception):                      # whatever Pillow says of it
                 side = min(Image.open(f"{folder}/{name}").size)
+        if count > 50_000:
+            break
     return "imagenet" if count > 50_000 and side >= 100 else "small"
 
 

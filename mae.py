@@ -237,6 +237,7 @@ def pretrain(args, train=None, val=None):
     groups = decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
+    # From here on the run writes into --out. With --resume it continues where the checkpoint stands.
     ids = spread(len(train), args.limit)
     run.start(
         len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
@@ -257,11 +258,12 @@ def pretrain(args, train=None, val=None):
             run.scaler.scale(loss / run.accumulate).backward()
             run.log(loss=loss)
 
+        # Without fp16 the scaler does nothing, and this is an ordinary optimizer step.
         run.scaler.step(optimizer)
         run.scaler.update()
         optimizer.zero_grad()
         run.log(lr=lr)
-        if val is not None and run.ends_epoch(step, cost=500):
+        if val is not None and run.ends_epoch(step, cost=min(500, len(val))):
             run.log(val_loss=validation_loss(model, val, run))
 
     if run.rank == 0:
@@ -333,7 +335,9 @@ def training_ids(args, dataset):
 
 def class_names(dataset):
     """→ the names of a dataset's classes; of a dataset without names their numbers."""
-    names = getattr(dataset, "classes", None) or range(int(labels_of(dataset).max()) + 1)
+    names = getattr(dataset, "classes", None)
+    if not names:
+        names = range(int(labels_of(dataset).max()) + 1)
     return [str(name) for name in names]
 
 
@@ -482,7 +486,9 @@ def evaluate(classify, dataset, ids, run, num_classes):
     """classify: images (b, C, H, W) → scores (b, K). → top-1, top-5 and the accuracy of every class, over
     these images and all processes."""
     totals = torch.zeros(3, num_classes, device=run.device)        # of each class: hits, hits in five, images
-    for images, labels, _ in batches(dataset, in_parts(ids[run.rank::run.world]), run):
+    # Every process takes the images of its own turn, so that none is counted twice.
+    plan = in_parts(ids[run.rank::run.world])
+    for images, labels, _ in batches(dataset, plan, run):
         with run.autocast:
             answers = classify(images).topk(min(5, num_classes)).indices
         hits = answers == labels[:, None]                             # (b, 5)
@@ -511,6 +517,7 @@ def classify(args, train=None, val=None):
     measures one."""
     run = Run(args)
     options = {} if args.eval else dict(global_pool=args.pool, drop_path_rate=args.drop_path)
+    # A ViT with one of three pasts: pre-trained, already a classifier (--eval), or new.
     model, train, val = prepare(args, run, train, val, **options)
     ids, val_ids = training_ids(args, train), labelled_ids(val, args.limit)
     args.classes = names = class_names(train)
@@ -520,6 +527,8 @@ def classify(args, train=None, val=None):
         run.start()
         result = evaluate(model.eval(), val, val_ids, run, len(names))
         return finish(run, result, names)
+    # The probe learns with LARS. Fine-tuning learns with AdamW, and early layers more slowly than late
+    # ones: what they see in any image, edges and colours, need not change much.
     if args.task == "probe":
         optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9)
         optimizer.register_step_pre_hook(lars)
@@ -534,7 +543,8 @@ def classify(args, train=None, val=None):
     augment, mixes = None, []
     if args.randaugment:
         fill = [round(value) for value in args.mean]
-        change = v2.RandAugment(1, args.randaugment, 11, v2.InterpolationMode.BICUBIC, fill)
+        bicubic = v2.InterpolationMode.BICUBIC
+        change = v2.RandAugment(1, args.randaugment, 11, bicubic, fill)
         twice = [v2.RandomApply([change]), v2.RandomApply([change])]
         augment = v2.Compose([v2.ToPILImage(), *twice, v2.PILToTensor()])  # bicubic is Pillow's
     if args.mixup:
@@ -543,10 +553,14 @@ def classify(args, train=None, val=None):
         mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=len(names)))
     erase = v2.RandomErasing(args.erasing, value="random")
 
-    run.start(len(ids), encoder=model, optimizer=optimizer, scaler=run.scaler)
-    best = max([0.0, *(line.get("top1", 0.0) for line in run.history)])
-    loader = batches(train, training_plan(ids, run), run, train=True, augment=augment)
+    run.start(
+        len(ids), encoder=model, optimizer=optimizer, scaler=run.scaler)
+    earlier = [line.get("top1", 0.0) for line in run.history]
+    best = max(earlier, default=0.0)
+    plan = training_plan(ids, run)
+    loader = batches(train, plan, run, train=True, augment=augment)
     for step in run.steps():
+        # The same schedule as in pre-training. With layer decay every layer has its own part of the rate.
         peak = args.lr * args.batch / 256
         lr = learning_rate(step, peak, run.warmup_steps, run.total_steps, args.min_lr)
         for group in optimizer.param_groups:
@@ -554,6 +568,8 @@ def classify(args, train=None, val=None):
 
         for i in range(run.accumulate):
             images, labels, _ = next(loader)                          # (b, C, H, W), (b,)
+            # Random changes to pixels and labels, only in fine-tuning: a part becomes noise; two images are
+            # mixed, or a piece of one is put into the other, and so are their labels.
             if args.erasing:
                 images = torch.stack([erase(image) for image in images])
             if mixes:                                                 # labels become (b, K)
@@ -572,6 +588,7 @@ def classify(args, train=None, val=None):
             result = evaluate(model.eval(), val, val_ids, run, len(names))
             model.train()
             run.log(top1=result["top1"], top5=result["top5"])
+            # Keep the weights that do best on validation images. OUT/last.pt has those of the last step.
             if result["top1"] >= best:
                 best = result["top1"]
                 run.save("best.pt", encoder=plain_state(model), top1=best, step=step + 1)
@@ -588,10 +605,13 @@ def nearest(args, train=None, val=None):
     run.start()
     features, labels = all_features(encoder.to(run.device), train, ids, run)
 
+    # Nothing is trained: for every validation image, the nearest training images vote for their class.
     def vote(images):
-        return knn(features, labels, extract_features(encoder, images, args.pool), len(names))
+        queries = extract_features(encoder, images, args.pool)
+        return knn(features, labels, queries, len(names))
 
-    finish(run, evaluate(vote, val, val_ids, run, len(names)), names)
+    result = evaluate(vote, val, val_ids, run, len(names))
+    finish(run, result, names)
 
 
 def reconstruct(args, train=None, val=None):

@@ -21,7 +21,10 @@ then cannot rely on details of the background.
     python mra.py --task semi                 # few labels, many images; also --task fewshot, occlusion
     torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
-MEASURED
+Measured with the first command, seed 0, one thread: a classifier trained without MRA has an accuracy of
+0.944 and is sure of the true class to 0.901. When 40 % of its images are painted, it has 0.739 and 0.646
+(low), 0.708 and 0.633 (random), 0.716 and 0.634 (high). These lie close together because of detail 7: this
+augmentor's attention does not find the objects. low leaves 0.56 of them visible, random 0.59, high 0.61.
 
 Details that matter
  1. The augmentor predicts pixels as they are, not normalised: its output is an image [not in the paper].

@@ -614,13 +614,14 @@ def test_crops_lie_inside_the_image_and_flips_are_an_option(dataset, tmp_path):
     assert (places(dataset, 5, tmp_path, "--crop", 0.3, "--no-flip")[0] > 0).all()
 
 
-def test_validation_images_are_whole_in_memory_and_cropped_in_the_middle_from_files(tmp_path):
-    dataset = common.Images(PLACES, [0] * 256, ["a"])
-    assert torch.equal(places(dataset, 0, tmp_path, train=False)[2], PLACES.float())
-    width, height, images = places(Own(PLACES), 0, tmp_path, train=False)
-    close(width, torch.full((256,), 224 / 256), 0.01)
-    close(height, width, 0.01)
-    assert (images[:, :2].mean(dim=(2, 3)) - 126).abs().max() < 2.5  # half a pixel
+def test_validation_images_of_the_right_size_are_whole_and_others_seven_eighths(tmp_path):
+    for dataset in (common.Images(PLACES, [0] * 256, ["a"]), Own(PLACES)):
+        assert torch.equal(places(dataset, 0, tmp_path, train=False)[2], PLACES.float())
+    # 32 pixels show 56 of 64, those in the middle.
+    width, height, images = places(Own(PLACES), 0, tmp_path, "--size", 32, train=False)
+    close(width, torch.full((256,), 56 / 32), 0.02)
+    close(height, width, 0.02)
+    assert (images[:, :2].mean(dim=(2, 3)) - 126).abs().max() < 2.5
 
 
 def test_validation_images_of_another_aspect_are_not_padded(tmp_path):

@@ -401,7 +401,6 @@ args = common.parse_args(mae.options(), "mae", mae.preset, sys.argv[2:])
 common.entry(lambda: mae.pretrain(args, Bad()))"""
 
 
-@pytest.mark.xfail(strict=True, reason="workers ignore the SIGTERM of a process that ends and waits for them")
 def test_a_failure_in_a_worker_ends_the_run(tmp_path):
     process = start(tmp_path, *MODEL, "--workers", 2, launch=("-c", BAD_DATA))
     try:
