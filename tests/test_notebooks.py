@@ -17,7 +17,8 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 NAMES = ["mae", "automae", "mixedae", "mra"]
 XFAIL = pytest.mark.xfail(reason="being rewritten", strict=False)
-CASES = ["mae", *(pytest.param(name, marks=XFAIL) for name in NAMES[1:])]   # later: CASES = NAMES
+TO_DO = [pytest.param(name, marks=XFAIL) for name in ("mra",)]
+CASES = ["mae", "automae", "mixedae", *TO_DO]                        # later: CASES = NAMES
 
 
 def read(name):
