@@ -317,9 +317,10 @@ def pretrain(args, train=None, val=None):
     if run.rank == 0:
         draw(model, prior, val or train, run)
     if "static_ratio" in run.history[-1]:
-        run.print(
-            "objects are highlighted {foreground_ratio:.1f} times as often as background (by chance 1.0; "
-            "{static_ratio:.1f} of it is where objects tend to lie)".format(**run.history[-1]))
+        text = (
+            "objects are highlighted {foreground_ratio:.1f} times as often as background, by chance 1.0; "
+            "one map for all images, which knows only where they tend to lie: {static_ratio:.1f}")
+        run.print(text.format(**run.history[-1]))
 
 
 @torch.no_grad()
