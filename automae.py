@@ -408,7 +408,7 @@ def options():
     add = parser.add_argument_group("automae").add_argument
     add("--masking", choices=("learned", "attention", "boxes", "random"), default="learned",
         help="what to hide more often: the generator's choice (paper), the prior's, true boxes, or nothing")
-    add("--mask-ratio", type=number(float, 0, 1), default=0.75,
+    add("--mask-ratio", type=number(float, 0.01, 0.99), default=0.75,
         help="part of the patches that is hidden (paper: 0.75)")
     add("--mask-factor", type=float, default=0.5, help="bonus of highlighted patches (paper: 0.5)")
     add("--adversarial-weight", type=float, default=0.2, help="of looking like a box (paper: 0.2)")

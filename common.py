@@ -333,8 +333,11 @@ def read_checkpoint(path):
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's release keeps its options in one
             return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except ImportError as error:
+        raise UserError(f"{path}: {error}")
     except Exception as error:
-        raise UserError(f"{path} is damaged or not a checkpoint: {type(error).__name__}: {str(error)[:80]}")
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__})")
+
 
 
 RENAMES = {             # Hugging Face's parameter names, in files and in newer classes: timm's, in this order
@@ -446,6 +449,8 @@ def load_encoder(path, **overrides):
     state, args = read_weights(path, "encoder")
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         raise UserError(f"{path} has no encoder of this project, MAE's release, timm or Hugging Face")
+    if "head.1.weight" in state:
+        raise UserError(f"{path} is an unfinished probe: take best.pt, which holds a plain classifier")
 
     # Sizes come from the tensors themselves; the file's options are only asked for what tensors do not show:
     # the number of heads, and whether a grid is oblong.
@@ -729,6 +734,8 @@ def prepare_data(args, run, train=None, val=None):
     image, _ = train[0]
     if not torch.is_tensor(image) or image.ndim != 3:
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
+    if image.is_floating_point() and image.max() <= 1:
+        raise UserError("the images' pixels go from 0 to 1: a dataset has to give uint8, 0 to 255")
     args.in_chans = len(image)
 
     # Left open, the size is the images' own, cut to what divides into patches. Files differ in size: they
@@ -744,12 +751,14 @@ def prepare_data(args, run, train=None, val=None):
 
     # Pixels are normalised by the mean and standard deviation of each channel: those given, or those the
     # dataset names, or else those of some 500 of its images.
-    if args.mean is None and hasattr(train, "mean"):
-        args.mean, args.std = train.mean, train.std
     if args.mean is None or args.std is None:
-        pixels = torch.cat([train[i][0].flatten(1).float() for i in spread(len(train), 500)], dim=1)
-        args.mean = pixels.mean(dim=1).tolist()
-        args.std = pixels.std(dim=1).clamp(min=1).tolist()            # a channel may be the same everywhere
+        mean, std = getattr(train, "mean", None), getattr(train, "std", None)
+        if mean is None or std is None:
+            pixels = [train[i][0].flatten(1).float() for i in spread(len(train), 500).tolist()]
+            pixels = torch.cat(pixels, dim=1)                         # (C, all pixels)
+            mean = pixels.mean(dim=1).tolist()
+            std = pixels.std(dim=1).clamp(min=1).tolist()             # a channel may be the same everywhere
+        args.mean, args.std = args.mean or mean, args.std or std
     if len(args.mean) != args.in_chans:
         raise UserError(f"the images have {args.in_chans} channels; --mean or --init is for {len(args.mean)}")
 
@@ -805,7 +814,15 @@ def view_transform(args, train, augment=None):
     middle."""
     if not train:
         return functools.partial(middle, size=args.size)
-    crop = v2.RandomResizedCrop(args.size, (args.crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    crop = functools.partial(middle, size=args.size)
+    if args.crop < 1:
+        aspect = args.size[1] / args.size[0]
+        crop = v2.RandomResizedCrop(
+            args.size,
+            scale=(args.crop, 1.0),
+            ratio=(3 / 4 * aspect, 4 / 3 * aspect),
+            interpolation=v2.InterpolationMode.BICUBIC,
+        )
     return v2.Compose([crop, v2.RandomHorizontalFlip(0.5 * args.flip), augment or v2.Identity()])
 
 
@@ -968,6 +985,8 @@ class Run:
         self.args = args
         # Nothing is lost to a forgotten --out: ask before anything takes time.
         if os.path.exists(f"{args.out}/args.json") and not args.resume and not args.overwrite:
+            if not os.path.exists(f"{args.out}/last.pt"):
+                raise UserError(f"{args.out} holds a run that has saved nothing: --overwrite starts it again")
             raise UserError(f"{args.out} holds a run: --resume continues it, --overwrite replaces it")
         self.step = 0
         self.seconds = 0.0                                            # of training, over all resumed parts
@@ -1047,7 +1066,7 @@ class Run:
             self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
             self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
         if self.rank == 0:
-            self.claim_folder()
+            self.begin_folder()
         if count:
             self.print(
                 f"{count} images, {self.total_steps} steps of {args.batch} on {self.world} × {self.device}; "
@@ -1055,7 +1074,7 @@ class Run:
             if self.total_steps < 300:
                 self.print("fewer than 300 steps: enough for a try, too few to judge the method by")
 
-    def claim_folder(self):
+    def begin_folder(self):
         """Removes what an older run left, and writes OUT/args.json: options, versions, device and commit."""
         args = self.args
         os.makedirs(args.out, exist_ok=True)
@@ -1265,7 +1284,7 @@ def shared_options(description):
     workers = min(8, os.cpu_count())
     add("--workers", type=whole, default=workers, help="processes that read images, beside each that trains")
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (at most 256)")
-    add("--device", help="where to compute (cuda where there is one)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (GPU: bf16, CPU: fp32)")
     add("--compile", action=switch, help="torch.compile the model (on GPUs)")
     add("--checkpoint-blocks", action="store_true", help="less memory, a third slower: compute blocks twice")
@@ -1305,8 +1324,8 @@ def parse_args(parser, script, preset, arguments=None):
     if evaluation:
         out += f"-{task}"
 
-    # The values that are not given on the command line. A folder without args.json holds only a run that had
-    # to come first, which goes on by itself.
+    # The values that are not given on the command line. In a folder without args.json this run has not begun:
+    # what AutoMAE and MRA train first lies there, and goes on by itself.
     resume = args.resume and not (os.path.isdir(out) and not os.path.exists(f"{out}/args.json"))
     if resume:
         values = read_checkpoint(f"{out}/last.pt")["args"]
@@ -1316,6 +1335,7 @@ def parse_args(parser, script, preset, arguments=None):
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(arguments)
     args.out, args.resume = out, resume
+    args.size = args.size and to_pair(args.size)
 
     # A finished evaluation may be replaced.
     if evaluation and os.path.exists(f"{out}/log.jsonl"):

@@ -33,7 +33,8 @@ Details that matter
  6. The peak learning rate is --lr × batch / 256: 2.4e-3 for the paper's batch of 4096.
  7. LayerNorm's eps is 1e-6, as in MAE's code and timm. PyTorch's default is 1e-5.
  8. The patch projection is initialised as the linear layer it is, not as a convolution.
- 9. Crop and flip are the only augmentations. Colour jitter hurts; hiding patches is augmentation enough.
+ 9. Crop and flip are the only augmentations (for scenes flip alone). Colour jitter hurts; hiding patches is
+    augmentation enough.
 10. Random numbers start anew in every step, from (seed, step). So a resumed run ends with the same weights
     as one that was not interrupted [not in the paper].
 11. Fine-tuning reads the mean of the patch tokens through a new norm; the linear probe the class token.
@@ -104,9 +105,9 @@ def hide(noise, visible):
     visible, or none hidden."""
     if not 0 < visible < noise.shape[1]:
         raise UserError(f"{visible} of {noise.shape[1]} patches would be visible: change the mask ratio")
-    # Sorting shuffles the patches: visible ones first. Sorting the shuffle gives the way back:
-    # ids_restore[i] says where in the shuffled order patch i is. Without it the decoder could not tell
-    # which prediction belongs where.
+    # Sorting by noise shuffles the patches: visible ones first. Sorting that permutation inverts it:
+    # ids_restore[i] is the place of patch i in the shuffled order. Without it neither the decoder nor the
+    # loss would know which prediction belongs to which patch.
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     mask = (ids_restore >= visible).float()
@@ -145,7 +146,7 @@ class MAE(nn.Module):
             visible = places - int(mask[0].sum())
             if (mask.sum(dim=1) != places - visible).any():
                 raise UserError("the mask has to hide equally many patches in every image")
-            noise = mask.float()
+            noise = mask.float()                                      # 0 where visible: the lowest stay
         elif noise is None:
             noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
         ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
@@ -316,7 +317,7 @@ def labelled_ids(dataset, limit=None, seed=0):
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order] >= 0]
     if len(labels[order].unique()) < 2:
-        raise UserError("this needs labelled images in train/CLASS and val/CLASS, or a torchvision dataset")
+        raise UserError("this needs labelled images to train and to validate: train/CLASS and val/CLASS")
     return order[:limit]
 
 
@@ -459,7 +460,7 @@ def make_classifier(args, vit, names):
 
     # Fine-tuning trains everything, or with --train-blocks k the last k blocks, the norm and the head
     # (section 4.3). The probe trains the head alone, behind a BatchNorm that has no weights.
-    trained = [""]                                                    # what every name begins with
+    trained = [""]                                                    # every name begins with "": train all
     if args.train_blocks is not None:
         last = range(len(vit.blocks) - args.train_blocks, len(vit.blocks))
         trained = ["head", "norm", "fc_norm", *(f"blocks.{k}." for k in last)]
@@ -633,7 +634,7 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data, task and model; later rows go before earlier ones. "imagenet" is the paper's
+# Defaults by kind of data, task and model; later rows override earlier ones. "imagenet" is the paper's
 # recipe (appendix A.1). "scenes" and "small" take minutes on a CPU [not in the paper]; `updates` is their
 # number of steps.
 PRESETS = {
@@ -698,7 +699,8 @@ def options():
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("mae").add_argument
     add("--task", choices=TASKS, default="pretrain", help="what to do")
-    add("--mask-ratio", type=fraction, default=0.75, help="part of the patches that is hidden (paper: 0.75)")
+    ratio = number(float, 0.01, 0.99)
+    add("--mask-ratio", type=ratio, default=0.75, help="part of the patches that is hidden (paper: 0.75)")
     add("--masking", choices=MASKINGS, default="random", help="which patches are hidden (paper: random)")
     add("--norm-pixels", action=switch, help="predict normalised patches (paper: yes)")
 
@@ -726,8 +728,8 @@ def parse(arguments=None):
 
 def main(arguments=None):
     args = parse(arguments)
-    if args.init is None and args.task in ("knn", "reconstruct"):
-        raise UserError(f"--task {args.task} needs --init, a checkpoint")
+    if args.init is None and (args.eval or args.task in ("knn", "reconstruct")):
+        raise UserError("--task knn, --task reconstruct and --eval need --init, a checkpoint")
     TASKS[args.task](args)
 
 

