@@ -827,11 +827,11 @@ def view_transform(args, train, augment=None):
 
 
 def middle(image, size):
-    """image (C, H, W) → its middle (C, *size). As in the paper, seven eighths of the shorter side are seen,
+    """image (…, H, W) → its middle (…, *size). As in the paper, seven eighths of the shorter side are seen,
     and all of it by models for more than 224 pixels. An image that has the size already stays as it is."""
-    if image.shape[1:] == size:
+    if image.shape[-2:] == size:
         return image
-    scale = min(image.shape[1] / size[0], image.shape[2] / size[1])
+    scale = min(image.shape[-2] / size[0], image.shape[-1] / size[1])
     if min(size) <= 224:
         scale *= 0.875
     image = v2.functional.center_crop(image, [max(1, round(scale * side)) for side in size])

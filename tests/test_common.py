@@ -950,3 +950,17 @@ def test_numbers_out_of_range_are_refused():
         options("out", "--batch", 0)
     with pytest.raises(SystemExit):
         options("out", "--crop", 1.5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 32)])
+def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size):
+    images = (torch.rand(20, 3, *size) * 255).byte()
+    options = dict(size=size, crop=1.0, flip=True, mean=[0.0] * 3, std=[1.0] * 3, workers=0)
+    run = SimpleNamespace(args=SimpleNamespace(**options), device=torch.device("cpu"))
+    memory = common.Images(images, torch.zeros(20), [])
+    files = torch.utils.data.TensorDataset(images, torch.zeros(20))
+    for dataset in (memory, files):
+        seen, _, _ = next(common.batches(dataset, [(torch.arange(20), 0)], run, train=True))
+        same = (seen == images).flatten(1).all(dim=1)
+        mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
+        assert (same | mirrored).all() and same.any() and mirrored.any()
