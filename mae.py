@@ -18,8 +18,8 @@ pre-training is about three times as fast as with all of them.
     torchrun --nproc_per_node=8 mae.py --data /imagenet    # the paper's recipe; also --model large
     python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn
 
-Measured with the first command, one thread of an AMD EPYC, seeds 0, 1, 2: a linear classifier on the frozen
-features, class token beside mean patch token, is right for 0.56, 0.59 and 0.60 of new images, by chance 0.10.
+Measured with the first command, seed 0, on two cores of an AMD EPYC: 2 min 54 s; a linear classifier on the
+frozen features is right for 0.62 of new images, before training for 0.27, by chance for 0.10.
 
 Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
