@@ -732,7 +732,7 @@ def prepare_data(args, run, train=None, val=None):
             dist.barrier()
 
     image, _ = train[0]
-    if not torch.is_tensor(image) or image.ndim != 3:
+    if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
     if image.is_floating_point() and image.max() <= 1:
         raise UserError("the images' pixels go from 0 to 1: a dataset has to give uint8, 0 to 255")
