@@ -20,12 +20,13 @@ is a plain vision transformer.
     torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt    # the paper's recipe
     python mae.py --task probe --init runs/automae/last.pt      # what is the encoder worth?
 
-Measured with the first command, seeds 0, 1, 2, one thread of a busy CPU: in the last epoch objects are
-highlighted 4.2, 4.9 and 3.2 times as often as background. A map that is the same for all images, the mean
-over a batch, reaches 2.9, 3.1 and 2.8: this part only says where objects tend to lie. The paper's boxes and
-weights do this. The adversarial part alone, seeds 0 to 3, gives 3.4 to 4.4 (same map: 2.6 to 2.8), and if
-attention is not multiplied (detail 10) 3.0 to 3.2 (same map: 2.9 to 3.1). Better features are not shown: the
-linear accuracy is 0.53, 0.39 and 0.40, and after as many steps of random masking 0.42, 0.46 and 0.39.
+Measured with earlier drafts of this file, seeds 0, 1, 2, one thread of a busy CPU: in the last epoch
+objects are highlighted 4.2, 4.9 and 3.2 times as often as background. A map that is the same for all
+images, the mean over a batch, reaches 2.9, 3.1 and 2.8: this part only says where objects tend to lie. The
+paper's boxes and weights do this. The adversarial part alone, seeds 0 to 3, gives 3.4 to 4.4 (same map: 2.6
+to 2.8), and if attention is not multiplied (detail 10) 3.0 to 3.2 (same map: 2.9 to 3.1). Better features
+are not shown: the linear accuracy is 0.53, 0.39 and 0.40, and after as many steps of random masking 0.42,
+0.46 and 0.39.
 
 Details that matter
 1. No layer of the discriminator has a bias. With biases it can answer ½ to everything, and then nothing

@@ -21,13 +21,13 @@ vision transformer.
     torchrun --nproc_per_node=8 mixedae.py --data /imagenet     # MAE's recipe for ViT-B, as in the paper
     python mae.py --task probe --init runs/mixedae/last.pt      # what is the encoder worth? it is a plain ViT
 
-Measured on scenes, one thread of an AMD EPYC: twelve minutes beside other work, about five alone. Seed 0: of
-the chosen keys 0.25, 0.40, 0.29 and 0.50 come from the same image, block by block, by chance 0.24. A linear
-classifier, fitted in closed form to the frozen features as in mae.py, reaches 0.560. After half as many steps
-(--epochs 2) it reaches 0.428, without the projection head 0.384, after naive mixing 0.443 and after MAE
-0.406; reconstruction losses are 0.345, 0.340, 0.332 and 0.334. Another seed gives 0.397 instead of 0.428, so
-this is no ranking. Naive mixing makes reconstruction hardly easier and does the features no harm here: what
-the paper finds does not show in so short a training. And segments make recognition easy: the contrastive loss
+Measured on scenes, one thread of an AMD EPYC: twelve minutes beside other work. Seed 0: of the chosen keys
+0.25, 0.40, 0.29 and 0.50 come from the same image, block by block, by chance 0.24. A linear classifier,
+fitted in closed form to the frozen features as in mae.py, reaches 0.560. After half as many steps (--epochs
+2) it reaches 0.428, without the projection head 0.384, after naive mixing 0.443 and after MAE 0.406;
+reconstruction losses are 0.345, 0.340, 0.332 and 0.334. Another seed gives 0.397 instead of 0.428, so this
+is no ranking. Naive mixing makes reconstruction hardly easier and does the features no harm here: what the
+paper finds does not show in so short a training. And segments make recognition easy: the contrastive loss
 reaches 2.725 of at least 2.723 in two epochs.
 
 Details that matter
@@ -62,7 +62,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# ----------------------------------------------------------------------------------------------------- mixing
+# --------------------------------------------------------------------------------------------------- mixing
 
 def divide_places(noise, members, visible, turns=1):
     """noise (G, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N), as in MAE, for B = turns·G·M images:
@@ -81,7 +81,7 @@ def divide_places(noise, members, visible, turns=1):
     return ids_restore.argsort()[:, :visible], ids_restore, (ids_restore >= visible).float()
 
 
-# ------------------------------------------------------------------------------------- homologous recognition
+# ----------------------------------------------------------------------------------- homologous recognition
 
 def homologous_pairs(scores, visible):
     """scores (…, N, N) of tokens, every `visible` in turn of one image → positive, bool (N, N): two different
@@ -141,7 +141,7 @@ def contrastive_loss(tokens, visible, temperature=0.25):
     return -log_probability.masked_fill(~positive, 0).sum() / (len(tokens) * positive.sum())
 
 
-# ------------------------------------------------------------------------------------------------------ model
+# ---------------------------------------------------------------------------------------------------- model
 
 class MixedAE(nn.Module):
     """A masked autoencoder whose encoder sees the visible patches of several images, `members`, in one
@@ -232,7 +232,7 @@ class MixedAE(nn.Module):
         return (error * mask).sum() / mask.sum()
 
 
-# --------------------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------------------- training
 
 def pretrain(args, train=None, val=None):
     """Pre-trains a mixed autoencoder. args: from `parse_args`. train, val: datasets of your own, instead of
@@ -333,7 +333,7 @@ def draw(model, dataset, run):
     run.print(f"images: {run.args.out}/mixture.png")
 
 
-# ----------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------- command line
 
 # Defaults by kind of data. Scenes and small datasets take minutes on a CPU [not in the paper]; `updates` is
 # the number of steps. ImageNet gets MAE's recipe, as in the paper.

@@ -21,10 +21,11 @@ then cannot rely on details of the background.
     python mra.py --task semi                 # few labels, many images; also --task fewshot, occlusion
     torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
-Measured with the first command, seed 0, one thread: a classifier trained without MRA has an accuracy of
-0.944 and is sure of the true class to 0.901. When 40 % of its images are painted, it has 0.739 and 0.646
-(low), 0.708 and 0.633 (random), 0.716 and 0.634 (high). These lie close together because of detail 7: this
-augmentor's attention does not find the objects. low leaves 0.56 of them visible, random 0.59, high 0.61.
+Measured with an earlier draft, seed 0, one thread, the augmentor trained apart: a classifier trained
+without MRA has an accuracy of 0.944 and is sure of the true class to 0.901. When 40 % of its images are
+painted, it has 0.739 and 0.646 (low), 0.708 and 0.633 (random), 0.716 and 0.634 (high). These lie close
+together because of detail 7: this augmentor's attention does not find the objects. low leaves 0.56 of them
+visible, random 0.59, high 0.61.
 
 Details that matter
  1. The augmentor predicts pixels as they are, not normalised: its output is an image [not in the paper].
@@ -60,7 +61,7 @@ from torch import distributed as dist
 from torch import nn
 from torchvision.transforms import v2
 
-# ------------------------------------------------------------------------------------------------ masking
+# -------------------------------------------------------------------------------------------------- masking
 # A strategy turns attention (B, N) into a number for every patch. The n patches with the lowest numbers stay
 # visible, so all strategies hide exactly as many patches in every image.
 
@@ -85,7 +86,7 @@ def hide(noise, visible):
     return ids_shuffle[:, :visible], ids_restore, mask
 
 
-# -------------------------------------------------------------------------------------------------- model
+# ---------------------------------------------------------------------------------------------------- model
 
 class Autoencoder(nn.Module):
     """A light masked autoencoder: MAE with an encoder of four blocks (section 3)."""
@@ -213,7 +214,7 @@ def new_classifier(args):
     return nn.Sequential(*layers)
 
 
-# --------------------------------------------------------------------------------- training the augmentor
+# ----------------------------------------------------------------------------------- training the augmentor
 
 def pretrain(args, train=None, val=None):
     """--task augmentor: trains the masked autoencoder, without labels, and draws what it does to images.
@@ -327,7 +328,7 @@ def make_augmentor(args, run, train, val):
     return run.wrap(load_augmentor(args, args.augmentor))
 
 
-# ---------------------------------------------------------------------------------- training a classifier
+# ------------------------------------------------------------------------------------ training a classifier
 
 def long_tail(count, k, classes, imbalance):
     """→ how many of `count` images class k of `classes` keeps: the part imbalance^(−k/(classes−1)), so
@@ -510,7 +511,7 @@ def classify(args, train=None, val=None):
     return result["top1"]
 
 
-# ----------------------------------------------------------------------------------- judging a classifier
+# ------------------------------------------------------------------------------------- judging a classifier
 
 @torch.no_grad()
 def evaluate(model, dataset, ids, run, change=lambda images: images):
@@ -643,7 +644,7 @@ TASKS = {
     "augmentor": pretrain,
 }
 
-# ------------------------------------------------------------------------------------------- command line
+# --------------------------------------------------------------------------------------------- command line
 
 # Defaults by kind of data and task; later rows go before earlier ones. The classifier of "imagenet" is
 # the paper's [from memory], all else is [not in the paper]. `updates` is a number of steps.
