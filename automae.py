@@ -376,14 +376,14 @@ def draw(model, prior, dataset, run):
 # "scenes" and "small" take minutes on a CPU [not in the paper]; `updates` is their number of steps.
 MINUTES = dict(
     model="nano",
-    decoder=dict(embed_dim=64, depth=2, num_heads=4),
+    decoder=dict(embed_dim=64, depth=1, num_heads=4),
     norm_pixels=False,
     attention_gain=64.0,                                              # [not in the paper], detail 10
     crop=1.0,
-    prior_updates=1250,
-    updates=1250,
-    batch=32,
-    lr=1.6e-2,
+    prior_updates=2500,
+    updates=2500,
+    batch=16,
+    lr=2.4e-2,
 )
 PRESETS = {
     "scenes": MINUTES,

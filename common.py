@@ -38,6 +38,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 
@@ -499,7 +500,8 @@ def load_decoder(path, encoder, **overrides):
 # --------------------------------------------------------------------------------------------------- images
 # A dataset is anything with __len__ and __getitem__(i) → (uint8 image (C, H, W), label). If it also has
 # `targets` (all labels), `classes` (their names), `mean` and `std` (a number a channel, in pixel values 0 …
-# 255), these are used.
+# 255), these are used. For segmentation a label is a map, uint8 (H, W): the class of every pixel, 255 where
+# nobody knows.
 
 # Scenes: images drawn by this project, so that everything can be tried without a download. A shape is a
 # function of the place (x, y) that is below zero inside the shape and grows with the distance from it.
@@ -718,10 +720,10 @@ def open_data(args):
     return train, ImageFolder(val_folder, train.classes) if os.path.isdir(val_folder) else None
 
 
-def prepare_data(args, run, train=None, val=None):
-    """→ the training and validation dataset (or None) of --data, or those given. Puts into args what only
-    the data tell: in_chans, size and patch if they are open, mean and std. Raises UserError if images and
-    options do not fit."""
+def prepare_data(args, run, train=None, val=None, open_data=open_data):
+    """→ the training and validation dataset (or None) of --data, or those given. open_data(args) opens
+    them. Puts into args what only the data tell: in_chans, size and patch if they are open, mean and std.
+    Raises UserError if images and options do not fit."""
     if train is None:
         # One process of a machine opens the data before the others, because it may have to download them.
         run.print(f"opening {args.data or 'scenes, drawn by this project'}")
@@ -731,7 +733,7 @@ def prepare_data(args, run, train=None, val=None):
         if run.world > 1 and not run.local_rank:
             dist.barrier()
 
-    image, _ = train[0]
+    image, label = train[0]
     if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
     if image.is_floating_point() and image.max() <= 1:
@@ -764,7 +766,8 @@ def prepare_data(args, run, train=None, val=None):
 
     # Images that are small at --size are read once and for all: decoding a photo takes longer than a
     # training step of a small model.
-    if args.data is None or max(args.size) > 96 or len(train) * math.prod(args.size) > 500_000_000:
+    pixels = len(train) * math.prod(args.size)
+    if args.data is None or max(args.size) > 96 or pixels > 500_000_000 or np.ndim(label):
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
 
@@ -810,11 +813,11 @@ def training_plan(ids, run, times=1):
 
 
 def view_transform(args, train, augment=None):
-    """→ what is done to an image: a random crop and flip for training, then `augment`; for evaluation the
-    middle."""
+    """→ what is done to an image, and to the map that may come with it: a random crop and flip for training,
+    then `augment`; for evaluation the middle."""
+    crop = Middle(args.size)
     if not train:
-        return functools.partial(middle, size=args.size)
-    crop = functools.partial(middle, size=args.size)
+        return crop
     if args.crop < 1:
         aspect = args.size[1] / args.size[0]
         crop = v2.RandomResizedCrop(
@@ -838,6 +841,25 @@ def middle(image, size):
     return v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
 
 
+class Middle(v2.Transform):
+    """`middle`, as a transform of images and maps."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt, params):
+        return middle(inpt, self.size)
+
+
+def together(transform, images, labels, masks=None):
+    """→ images, labels and masks after a transform. What is a map of classes (…, H, W) is cropped and
+    flipped with its image, and never interpolated; labels that are numbers stay as they are."""
+    wrapped = [values if values is None or np.ndim(values) < 2 else tv_tensors.Mask(values)
+               for values in (labels, masks)]
+    return transform(tv_tensors.Image(images), *wrapped)
+
+
 class View(Dataset):
     """A dataset seen through a transform: view[i, seed] → image (C, h, w), label, seed. Random numbers
     depend on the seed and on i alone, whichever worker process reads the image."""
@@ -850,14 +872,15 @@ class View(Dataset):
         i, seed = key
         image, label = self.dataset[i]
         torch.manual_seed(seed_for(seed, i))
-        return self.transform(image), label, seed
+        image, label, _ = together(self.transform, image, label)
+        return image, torch.as_tensor(label), seed
 
 
 def stack(samples):
     """Samples of a `View` → images (b, C, h, w), labels (b,), the first seed. Images of 8 bits, uint8, and of
     16, float32, make one batch of float32."""
     images, labels, seeds = zip(*samples)
-    return torch.stack(images), torch.tensor(labels), seeds[0]
+    return torch.stack(images), torch.stack(labels), seeds[0]
 
 
 def ignore_signals(worker):
@@ -884,35 +907,37 @@ def file_batches(dataset, plan, run, transform):
 
 def memory_batches(dataset, plan, run, transform):
     """A dataset in memory moves to the device once, as uint8. For speed eight images are cropped at a time,
-    all in the same way [not in the paper]. Foreground masks come along as one more channel."""
-    pixels, targets = dataset.images.to(run.device), dataset.targets.to(run.device)
-    if dataset.masks is not None:
-        masks = 255 * dataset.masks[:, None].byte().to(run.device)
-        pixels = torch.cat([pixels, masks], dim=1)
+    all in the same way [not in the paper]."""
+    values = [value.to(run.device) for value in (dataset.images, dataset.targets, dataset.masks)
+              if value is not None]
     for ids, seed in plan:
         torch.manual_seed(seed)
-        yield torch.cat([transform(part) for part in pixels[ids].split(8)]), targets[ids]
+        parts = [together(transform, *(value[part] for value in values)) for part in ids.split(8)]
+        yield [torch.cat(part) for part in zip(*parts) if part[0] is not None]
 
 
-def batches(dataset, plan, run, train=False, augment=None):
+def batches(dataset, plan, run, train=False, augment=None, transform=None):
     """Yields a batch on the run's device for each (ids (b,), seed) of the plan: images float (b, C, h, w),
     normalised; labels (b,); foreground masks bool (b, h, w), or None. Torch's random numbers then start at
     the seed. train: with random crops and flips; augment: uint8 image → uint8 image, after these, in worker
-    processes."""
-    args, channels = run.args, len(run.args.mean)
+    processes; transform: instead of all this. A label may be a map: (b, h, w), −100 where nobody
+    knows."""
+    args = run.args
     mean, std = torch.tensor([args.mean, args.std], device=run.device)[..., None, None]
-    source, transform = file_batches, view_transform(args, train, augment)
+    source = file_batches
     if isinstance(dataset, Images) and augment is None:
         source = memory_batches
         if not train:
             transform = v2.Resize(args.size)                          # all of the image
+    transform = transform or view_transform(args, train, augment)
 
     # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device.
-    for images, labels in source(dataset, plan, run, transform):
+    for images, labels, *masks in source(dataset, plan, run, transform):
         images = images.to(run.device, non_blocking=True)
-        labels = labels.to(run.device, non_blocking=True)
-        masks = images[:, -1] > 127 if images.shape[1] > channels else None
-        yield (images[:, :channels].float() - mean) / std, labels, masks
+        labels = labels.to(run.device, non_blocking=True).long()
+        if labels.ndim > 1:
+            labels = labels.where(labels != 255, -100)                # cross_entropy leaves these out
+        yield (images.float() - mean) / std, labels, masks[0] if masks else None
 
 
 def to_pixels(images, args):

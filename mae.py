@@ -43,16 +43,23 @@ Details that matter
 """
 
 import argparse
+import math
+import pathlib
 
 from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, labels_of, learning_rate,
-    load_decoder, load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, shared_options,
-    spread, to_pixels, training_plan, unpatchify)
+    VITS, Decoder, Images, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, labels_of,
+    learning_rate, load_decoder, load_encoder, number, open_data, parse_args, patchify, prepare_data,
+    read_checkpoint, read_image, save_image_rows, shared_options, spread, to_pixels, training_plan,
+    unpatchify)
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
+from PIL import Image
 from torch import distributed as dist
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 # -------------------------------------------------------------------------------------------------- masking
@@ -209,7 +216,8 @@ def prepare(args, run, train=None, val=None, **options):
         args.size, args.patch = encoder.img_size, encoder.patch_size
         args.mean = args.mean or encoder.mean
         args.std = args.std or encoder.std
-    train, val = prepare_data(args, run, train, val)
+    opener = open_maps if args.task == "segment" else open_data
+    train, val = prepare_data(args, run, train, val, opener)
     torch.manual_seed(args.seed)
     if encoder is None:
         size = VITS[args.model] | dict(patch_size=args.patch)
@@ -359,12 +367,9 @@ def in_parts(ids):
 @torch.no_grad()
 def extract_features(encoder, images, pool):
     """images (B, C, H, W) → features (B, D): the mean patch token [not in the paper], or for pool "token"
-    the class token; for "both" (B, 2·D), one beside the other."""
+    the class token."""
     tokens = encoder.encode(encoder.embed(images)).float()            # (B, 1+N, D)
-    class_token = tokens[:, 0]
-    mean_token = tokens[:, 1:].mean(dim=1)
-    both = torch.cat([class_token, mean_token], dim=1)
-    return {"token": class_token, "avg": mean_token, "both": both}[pool]
+    return tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1)
 
 
 def all_features(encoder, dataset, ids, run, pool):
@@ -406,30 +411,26 @@ def linear(features, labels, queries, num_classes, ridge=10.0):
 
 
 def report(encoder, train, val, run):
-    """Says how well a linear classifier and nearest neighbours do with the frozen features of up to 6,000
-    images, class token and mean patch token side by side [not in the paper], and with those of an encoder
-    that was not trained."""
-    args, found = run.args, {}
+    """Says how well a linear classifier does with the frozen features of up to 6,000 images, and with those
+    of an encoder that was not trained."""
+    args = run.args
     try:
         ids = labelled_ids(train, args.limit or 6000)
         val_ids = labelled_ids(val, args.limit or 3000)
     except UserError:
         return run.print("the data have no labels, or no validation images: the features are not judged")
-    chance = 1 / len(class_names(train))
+    names = class_names(train)
     torch.manual_seed(args.seed)
     untrained = ViT(**encoder.config).to(run.device)
-    for state, vit in (("trained", encoder), ("untrained", untrained)):
-        features, labels = all_features(vit, train, ids, run, "both")
-        queries, truth = all_features(vit, val, val_ids, run, "both")
-        for method in (linear, knn):
-            scores = method(features, labels, queries, len(class_names(train)))
-            correct = scores.argmax(dim=1) == truth
-            found[f"{method.__name__}_{state}"] = correct.float().mean().item()
-    for name, method in (("linear", "a linear classifier"), ("knn", "a vote of the nearest neighbours")):
-        trained, untrained = found[name + "_trained"], found[name + "_untrained"]
-        run.print(f"{method} on the frozen features: accuracy {trained:.3f}, "
-                  f"before training {untrained:.3f}, by chance {chance:.3f}")
-    run.write_log(step=run.step, **found)
+    accuracy = []
+    for vit in (encoder, untrained):
+        features, labels = all_features(vit, train, ids, run, "avg")
+        queries, truth = all_features(vit, val, val_ids, run, "avg")
+        answers = linear(features, labels, queries, len(names)).argmax(dim=1)
+        accuracy.append((answers == truth).float().mean().item())
+    run.print(f"a linear classifier on the frozen features: accuracy {accuracy[0]:.3f}, "
+              f"before training {accuracy[1]:.3f}, by chance {1 / len(names):.3f}")
+    run.write_log(step=run.step, linear_trained=accuracy[0], linear_untrained=accuracy[1])
 
 
 def lars(optimizer, args, kwargs, trust=0.001):
@@ -481,12 +482,12 @@ def make_classifier(args, vit, names):
         parameter.requires_grad_(name.startswith(tuple(trained)))
 
 
-def plain_state(vit):
-    """→ a classifier's parameters. A probe's BatchNorm and linear layer become one linear layer, as every
-    ViT has it."""
-    state = vit.state_dict()
-    if isinstance(vit.head, nn.Sequential):
-        norm, head = vit.head
+def plain_state(module):
+    """→ a module's parameters. A probe's BatchNorm and linear layer become one linear layer, as every ViT has
+    it."""
+    state = module.state_dict()
+    if isinstance(getattr(module, "head", None), nn.Sequential):
+        norm, head = module.head
         for name in [name for name in state if name.startswith("head.")]:
             del state[name]
         state["head.weight"] = head.weight * (norm.running_var + norm.eps).rsqrt()
@@ -495,52 +496,50 @@ def plain_state(vit):
 
 
 @torch.no_grad()
-def evaluate(classify, dataset, ids, run, num_classes):
-    """classify: images (b, C, H, W) → scores (b, K). → top-1, top-5 and the accuracy of every class, over
-    these images and all processes."""
-    totals = torch.zeros(3, num_classes, device=run.device)        # of each class: hits, hits in five, images
-    # Every process takes the images of its own turn, so that none is counted twice.
-    plan = in_parts(ids[run.rank::run.world])
-    for images, labels, _ in batches(dataset, plan, run):
+def evaluate(score, dataset, plan, run, num_classes, transform=None):
+    """score: images (b, C, H, W) → scores (b, K), or (b, K, H, W) of every pixel. → accuracies, and for
+    pixels intersection over union (IoU), over all images and processes. A class's IoU is the number of pixels
+    that are of it in truth and prediction, over that in either; the mean is over classes that occur."""
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=run.device)
+    in_five = torch.zeros(1, dtype=torch.long, device=run.device)
+    for images, labels, _ in batches(dataset, plan, run, transform=transform):
         with run.autocast:
-            answers = classify(images).topk(min(5, num_classes)).indices
-        hits = answers == labels[:, None]                             # (b, 5)
-        first, any_of_five = hits[:, 0], hits.any(dim=1)
-        counts = torch.stack([first, any_of_five, torch.ones_like(first)])
-        totals.index_add_(1, labels, counts.float())
+            answers = score(images).topk(min(5, num_classes), dim=1).indices  # (b, 5, …), the best first
+        pairs = labels * num_classes + answers[:, 0]                  # one number for truth and prediction
+        confusion += pairs[labels >= 0].bincount(minlength=num_classes ** 2).view_as(confusion)
+        in_five += (answers == labels[:, None]).sum()
     if run.world > 1:
-        dist.all_reduce(totals)
-    shares = totals.sum(dim=1) / totals[2].sum()
-    top1, top5, _ = shares.tolist()
-    per_class = totals[0] / totals[2].clamp(min=1)
-    return dict(top1=top1, top5=top5, class_accuracy=per_class.tolist())
+        dist.all_reduce(confusion)
+        dist.all_reduce(in_five)
+    right = confusion.diagonal()
+    truth = confusion.sum(dim=1)
+    union = truth + confusion.sum(dim=0) - right
+    iou = right / union.clamp(min=1)
+    accuracy = right.sum().item() / truth.sum().item()
+    if labels.ndim > 1:
+        mean = iou[union > 0].mean().item()
+        return dict(mean_iou=mean, pixel_accuracy=accuracy, class_iou=iou.tolist())
+    per_class = right / truth.clamp(min=1)
+    return dict(top1=accuracy, top5=in_five.item() / truth.sum().item(), class_accuracy=per_class.tolist())
 
 
 def finish(run, result, names):
-    """Says and logs the result of a task."""
-    run.print(f"{run.args.task}: top-1 accuracy {result['top1']:.4f}, by chance {1 / len(names):.4f}; "
-              f"top-5 {result['top5']:.4f}")
-    worst = sorted(zip(result["class_accuracy"], names))[:5]
-    run.print("hardest classes: " + ", ".join(f"{name} {accuracy:.2f}" for accuracy, name in worst))
+    """Says and logs the result of a task: numbers, and last a list with one for every class."""
+    *numbers, per_class = result.items()
+    text = ", ".join(f"{name} {value:.4f}" for name, value in numbers)
+    chance = f", by chance {1 / len(names):.4f}" if "top1" in result else ""
+    run.print(f"{run.args.task}: {text}{chance}")
+    worst = sorted(zip(per_class[1], names))[:5]
+    run.print("hardest classes: " + ", ".join(f"{name} {value:.2f}" for value, name in worst))
     run.write_log(step=run.step, task=run.args.task, **result)
 
 
-def classify(args, train=None, val=None):
-    """--task probe and finetune: trains a classifier on an encoder, or from scratch; with --eval only
-    measures one."""
-    run = Run(args)
-    options = {} if args.eval else dict(global_pool=args.pool, drop_path_rate=args.drop_path)
-    # A ViT with one of three pasts: pre-trained, already a classifier (--eval), or new.
-    model, train, val = prepare(args, run, train, val, **options)
-    ids = training_ids(args, train)
-    val_ids = labelled_ids(val, args.limit)
-    args.classes = names = class_names(train)
-    make_classifier(args, model, names)
+def fit(run, model, train, ids, judge, cost, augment=None, mixes=()):
+    """Trains what in a model has gradients on the images `ids`: the loop of probe, fine-tuning and
+    segmentation. judge() → results on `cost` validation images; the weights with the best first result stay
+    in OUT/best.pt."""
+    args = run.args
     wrapped = run.wrap(model)
-    if args.eval:
-        run.start()
-        result = evaluate(model.eval(), val, val_ids, run, len(names))
-        return finish(run, result, names)
     # The probe learns with LARS. Fine-tuning learns with AdamW, and early layers more slowly than late
     # ones: what they see in any image, edges and colours, need not change much.
     if args.task == "probe":
@@ -549,31 +548,19 @@ def classify(args, train=None, val=None):
         optimizer.register_step_pre_hook(lars)
     else:
         def scale(name):
-            return layer_scale(name, len(model.blocks), args.layer_decay)
+            return layer_scale(name.removeprefix("encoder."), args.vit["depth"], args.layer_decay)
 
         groups = decay_groups(model, args.weight_decay, scale)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
-    # RandAugment as in the paper's code: two random changes, each of them with probability 1/2.
-    augment, mixes = None, []
-    if args.randaugment:
-        fill = [round(value) for value in args.mean]
-        bicubic = v2.InterpolationMode.BICUBIC
-        change = v2.RandAugment(1, args.randaugment, 11, bicubic, fill)
-        twice = [v2.RandomApply([change]), v2.RandomApply([change])]
-        augment = v2.Compose([v2.ToPILImage(), *twice, v2.PILToTensor()])  # bicubic is Pillow's
-    if args.mixup:
-        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=len(names)))
-    if args.cutmix:
-        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=len(names)))
+    parts = dict(encoder=model)
+    if isinstance(model, Segmenter):
+        parts = dict(encoder=model.encoder, head=model.head)
+    run.start(len(ids), **parts, optimizer=optimizer, scaler=run.scaler)
+    measure = "mean_iou" if args.task == "segment" else "top1"
+    best = max([line.get(measure, 0.0) for line in run.history], default=0.0)  # before it was resumed
     erase = v2.RandomErasing(args.erasing, value="random")
-
-    run.start(
-        len(ids), encoder=model, optimizer=optimizer, scaler=run.scaler)
-    earlier = [line.get("top1", 0.0) for line in run.history]
-    best = max(earlier, default=0.0)
-    plan = training_plan(ids, run)
-    loader = batches(train, plan, run, train=True, augment=augment)
+    loader = batches(train, training_plan(ids, run), run, train=True, augment=augment)
     for step in run.steps():
         # The same schedule as in pre-training. With layer decay every layer has its own part of the rate.
         peak = args.lr * args.batch / 256
@@ -582,7 +569,7 @@ def classify(args, train=None, val=None):
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
         for i in range(run.accumulate):
-            images, labels, _ = next(loader)                          # (b, C, H, W), (b,)
+            images, labels, _ = next(loader)                          # (b, C, H, W), (b,) or (b, H, W)
             # Random changes to pixels and labels, only in fine-tuning: a part becomes noise; two images are
             # mixed, or a piece of one is put into the other, and so are their labels.
             if args.erasing:
@@ -599,16 +586,51 @@ def classify(args, train=None, val=None):
         run.scaler.update()
         optimizer.zero_grad()
         run.log(lr=lr)
-        if run.ends_epoch(step, cost=len(val_ids)):
-            result = evaluate(model.eval(), val, val_ids, run, len(names))
+        if run.ends_epoch(step, cost):
+            *numbers, _ = judge().items()
             model.train()
-            run.log(top1=result["top1"], top5=result["top5"])
+            run.log(**dict(numbers))
             # Keep the weights that do best on validation images. OUT/last.pt has those of the last step.
-            if result["top1"] >= best:
-                best = result["top1"]
-                run.save("best.pt", encoder=plain_state(model), top1=best, step=step + 1)
-    result = evaluate(model.eval(), val, val_ids, run, len(names))
-    finish(run, result, names)
+            if numbers[0][1] >= best:
+                best = numbers[0][1]
+                states = {name: plain_state(part) for name, part in parts.items()}
+                run.save("best.pt", **states, **dict(numbers), step=step + 1)
+
+
+def classify(args, train=None, val=None):
+    """--task probe and finetune: trains a classifier on an encoder, or from scratch; with --eval only
+    measures one."""
+    run = Run(args)
+    options = {} if args.eval else dict(global_pool=args.pool, drop_path_rate=args.drop_path)
+    # A ViT with one of three pasts: pre-trained, already a classifier (--eval), or new.
+    model, train, val = prepare(args, run, train, val, **options)
+    ids = training_ids(args, train)
+    val_ids = labelled_ids(val, args.limit)
+    args.classes = names = class_names(train)
+    make_classifier(args, model, names)
+    plan = in_parts(val_ids[run.rank::run.world])                     # so that no image is counted twice
+
+    def judge():
+        return evaluate(model.eval(), val, plan, run, len(names))
+
+    # RandAugment as in the paper's code: two random changes, each of them with probability 1/2.
+    augment, mixes = None, []
+    if args.randaugment:
+        fill = [round(value) for value in args.mean]
+        bicubic = v2.InterpolationMode.BICUBIC
+        change = v2.RandAugment(1, args.randaugment, 11, bicubic, fill)
+        twice = [v2.RandomApply([change]), v2.RandomApply([change])]
+        augment = v2.Compose([v2.ToPILImage(), *twice, v2.PILToTensor()])  # bicubic is Pillow's
+    if args.mixup:
+        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=len(names)))
+    if args.cutmix:
+        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=len(names)))
+    if args.eval:
+        run.wrap(model)
+        run.start()
+    else:
+        fit(run, model, train, ids, judge, len(val_ids), augment, mixes)
+    finish(run, judge(), names)
 
 
 def nearest(args, train=None, val=None):
@@ -626,8 +648,146 @@ def nearest(args, train=None, val=None):
         queries = extract_features(encoder, images, args.pool)
         return knn(features, labels, queries, len(names))
 
-    result = evaluate(vote, val, val_ids, run, len(names))
+    result = evaluate(vote, val, in_parts(val_ids[run.rank::run.world]), run, len(names))
     finish(run, result, names)
+
+
+VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
+person pottedplant sheep sofa train tvmonitor"""
+
+
+class Maps(Dataset):
+    """Image files and files with the class of every pixel → a dataset for segmentation. first: the number of
+    class 0 in the files; lower ones and 255 mean that nobody knows. Raises UserError for a map of another
+    size than its image, or with a label beyond the classes."""
+
+    def __init__(self, images, maps, classes, first):
+        self.images = images
+        self.maps = maps
+        self.classes = classes
+        self.first = first
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = read_image(self.images[i])
+        labels = torch.from_numpy(np.array(Image.open(self.maps[i]))) - self.first  # uint8: 0 − 1 is 255
+        if labels.dtype != torch.uint8 or labels.shape != image.shape[1:]:
+            raise UserError(f"{self.maps[i]} is no map of classes, or of another size than its image")
+        if (labels[labels < 255] >= len(self.classes)).any():
+            raise UserError(f"{self.maps[i]} has a label beyond the {len(self.classes)} classes")
+        return image, labels
+
+
+def open_maps(args):
+    """--data → training and validation dataset with maps: scenes, "voc" (2012), "pets", or a folder in
+    ADE20K's layout: images/PART/NAME.jpg with annotations/PART/NAME.png, in which 0 means unknown. Raises
+    UserError if there are no images."""
+    if args.data is None:                                             # a shape on its background
+        scenes = open_data(args)
+        maps = [((part.targets[:, None, None] + 1) * part.masks).byte() for part in scenes]
+        return [Images(part.images, map, ["background", *part.classes]) for part, map in zip(scenes, maps)]
+    if args.data == "voc":
+        parts = [torchvision.datasets.VOCSegmentation(args.root, image_set=part, download=True)
+                 for part in ("train", "val")]
+        return [Maps(part.images, part.masks, VOC.split(), first=0) for part in parts]
+    if args.data == "pets":
+        parts = [torchvision.datasets.OxfordIIITPet(args.root, part, "segmentation", download=True)
+                 for part in ("trainval", "test")]
+        return [Maps(part._images, part._segs, ["pet", "background", "border"], first=1) for part in parts]
+
+    folder = pathlib.Path(args.data)
+    images = [sorted((folder / "images" / part).glob("*.*")) for part in ("training", "validation")]
+    if not all(images):
+        raise UserError(f"there is no image in {folder}/images/training or {folder}/images/validation")
+    maps = [[folder / "annotations" / path.parent.name / f"{path.stem}.png" for path in part]
+            for part in images]
+    classes = range(max(np.asarray(Image.open(path)).max() for path in maps[0]))
+    return [Maps(*pair, classes, first=1) for pair in zip(images, maps)]
+
+
+class Segmenter(nn.Module):
+    """An encoder that gives every pixel a class: images (B, C, H, W) → scores (B, K, H, W). head "linear":
+    the patch tokens of the last four blocks go through one 1×1 convolution, and the encoder is frozen.
+    "conv": two up-convolutions come before it, and everything is fine-tuned."""
+
+    def __init__(self, encoder, num_classes, head):
+        super().__init__()
+        self.encoder = encoder
+        self.last = min(4, len(encoder.blocks))
+        width = self.last * encoder.embed_dim
+        layers = [nn.BatchNorm2d(width, affine=False)]
+        if head == "linear":
+            encoder.requires_grad_(False)
+        else:
+            for _ in range(2):
+                layers += [nn.ConvTranspose2d(width, 128, 2, stride=2), nn.GELU()]
+                width = 128
+        self.head = nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1))
+
+    def forward(self, images):
+        scores = self.head(self.encoder.feature_map(images, self.last))
+        return F.interpolate(scores, self.encoder.img_size, mode="bilinear")
+
+    @torch.no_grad()
+    def predict(self, images):
+        """images (B, C, H, W) of any size → scores (B, K, H, W). An image is resized to just cover the
+        encoder's. What reaches beyond is seen through more windows; where they overlap, scores are averaged.
+        """
+        h, w = self.encoder.img_size
+        scale = max(h / images.shape[2], w / images.shape[3])
+        H, W = max(h, round(scale * images.shape[2])), max(w, round(scale * images.shape[3]))
+        resized = F.interpolate(images, (H, W), mode="bicubic", antialias=True)
+        total = resized.new_zeros(len(images), self.head[-1].out_channels, H, W)
+        count = torch.zeros_like(total)
+        for y in spread(H - h + 1, math.ceil(H / h)).tolist():
+            for x in spread(W - w + 1, math.ceil(W / w)).tolist():
+                window = (..., slice(y, y + h), slice(x, x + w))
+                total[window] += self(resized[window])
+                count[window] += 1
+        return F.interpolate(total / count, images.shape[2:], mode="bilinear")
+
+
+def segment(args, train=None, val=None):
+    """--task segment: trains a head that gives every pixel a class; with --eval only measures it. train,
+    val: datasets of your own, whose label is a map (H, W), with `classes`."""
+    run = Run(args)
+    encoder, train, val = prepare(args, run, train, val, drop_path_rate=args.drop_path)
+    args.classes = names = [str(name) for name in train.classes]
+    model = Segmenter(encoder, len(names), args.head)
+    if args.eval:
+        model.head.load_state_dict(read_checkpoint(args.init)["head"])
+
+    ids = torch.arange(len(val))[run.rank::run.world]
+    plan = [(part, 0) for part in ids.split(1 if isinstance(val, Maps) else 100)]  # files differ in size
+
+    def judge():
+        return evaluate(model.eval().predict, val, plan, run, len(names), v2.Identity())
+
+    if args.eval:
+        run.wrap(model)
+        run.start()
+    else:
+        fit(run, model, train, spread(len(train), args.labels or args.limit), judge, len(val))
+    finish(run, judge(), names)
+
+    # Images, true classes and predicted classes, each class in a colour.
+    images, labels, _ = next(batches(val, [(spread(len(val), 8), 0)], run))
+    answers = model.predict(images).argmax(dim=1)
+    colours = (torch.arange(256)[:, None] * torch.tensor([67, 113, 41])).byte()
+
+    def colour(maps):
+        return colours[maps.cpu()].permute(0, 3, 1, 2)
+
+    path = f"{args.out}/segmentation.png"
+    if run.rank == 0:
+        save_image_rows(path, {
+            "image": to_pixels(images, args),
+            "truth": colour(labels),
+            "prediction": colour(answers),
+        })
+        run.print(f"images: {path}")
 
 
 def reconstruct(args, train=None, val=None):
@@ -642,7 +802,9 @@ def reconstruct(args, train=None, val=None):
 
 
 TASKS = {
-    "pretrain": pretrain, "knn": nearest, "probe": classify, "finetune": classify, "reconstruct": reconstruct}
+    "pretrain": pretrain, "knn": nearest, "probe": classify,
+    "finetune": classify, "segment": segment,
+    "reconstruct": reconstruct}
 
 # --------------------------------------------------------------------------------------------- command line
 
@@ -652,9 +814,9 @@ TASKS = {
 PRESETS = {
     "scenes": dict(
         model="nano",
-        decoder=dict(embed_dim=64, depth=2, num_heads=4),
+        decoder=dict(embed_dim=64, depth=1, num_heads=4),
         norm_pixels=False, pool="avg", crop=1.0,
-        updates=2500, batch=32, lr=1.6e-2,
+        updates=5000, batch=16, lr=2.4e-2,
     ),
     "scenes probe": dict(updates=800, batch=128, lr=80.0),
     "scenes finetune": dict(
@@ -680,6 +842,8 @@ PRESETS = {
     "imagenet probe huge": dict(epochs=50),
     "imagenet finetune large": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "imagenet finetune huge": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
+    "segment linear": dict(epochs=None, updates=600, batch=32, lr=0.08),
+    "segment conv": dict(epochs=None, updates=600, batch=32, lr=1.6e-2, layer_decay=0.75),
 }
 
 
@@ -693,13 +857,13 @@ def preset(args, kind):
                 model = name
     base = kind.replace("small", "scenes")
     values = {}
-    for row in (base, f"{base} {args.task}", f"{base} {args.task} {model}"):
+    for row in (base, f"{base} {args.task}", f"{base} {args.task} {model}", f"{args.task} {args.head}"):
         values |= PRESETS.get(row, {})
     if kind == "imagenet" and args.init is None:
         values["patch"] = VITS[model or "base"]["patch_size"]
     if args.init is None:
         values["layer_decay"] = 1.0                                   # from scratch all layers learn alike
-    if args.labels:
+    if args.labels and args.task != "segment":
         values |= dict(batch=20, updates=1000)
     return values
 
@@ -718,10 +882,11 @@ def options():
 
     add = parser.add_argument_group("judging an encoder").add_argument
     add("--eval", action="store_true", help="only measure the classifier in --init")
-    add("--labels", type=number(int, 1), help="train on so many images of each class")
+    add("--labels", type=number(int, 1), help="train on so many images of each class; segment: in all")
+    add("--head", choices=("linear", "conv"), default="linear", help="segment: with a frozen encoder, or not")
     add("--train-blocks", type=number(int, 0), help="fine-tune only the last so many blocks, and the head")
     add("--pool", choices=("token", "avg"), help="feature: class token or mean patch token")
-    add("--layer-decay", type=fraction, help="rate of a layer over that of the next (paper: 0.65, L, H 0.75)")
+    add("--layer-decay", type=fraction, default=1.0, help="rate of a layer over that of the next (paper: 0.65, L, H 0.75)")
     add("--drop-path", type=fraction, default=0.0, help="how often blocks are skipped (paper: 0.1)")
     add("--label-smoothing", type=fraction, default=0.0, help="part of a target for all classes (paper: 0.1)")
     add("--mixup", type=alpha, default=0.0, help="alpha of mixup (paper: 0.8)")

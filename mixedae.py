@@ -339,11 +339,11 @@ def draw(model, dataset, run):
 # the number of steps. ImageNet gets MAE's recipe, as in the paper.
 MINUTES = dict(
     model="nano",
-    decoder=dict(embed_dim=64, depth=2, num_heads=4),
+    decoder=dict(embed_dim=64, depth=1, num_heads=4),
     crop=1.0,
-    updates=2500,
-    batch=32,
-    lr=1.6e-2,
+    updates=5000,
+    batch=16,
+    lr=2.4e-2,
 )
 IMAGENET = dict(
     model="base",

@@ -636,7 +636,9 @@ def test_masks_are_cropped_and_flipped_with_their_images(tmp_path):
     dataset = common.Images(masks[:, None].repeat(1, 3, 1, 1).byte() * 255, [0] * 32, ["a"], masks)
     run, data, _ = opened(tmp_path, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--crop", 0.3, train=dataset)
     images, _, found = next(batches(data, [(torch.arange(32), 0)], run, train=True))
-    assert torch.equal(images[:, 1] > 127, found) and not torch.equal(found, masks)
+    # The image is interpolated, the mask is not: they may differ at the border of a shape.
+    assert ((images[:, 1] > 127) == found).float().mean() > 0.98 and not torch.equal(found, masks)
+    assert found.dtype == torch.bool
 
 
 def test_images_are_normalised_by_mean_and_std_and_to_pixels_goes_back(tmp_path):
