@@ -16,7 +16,7 @@ pre-training is about three times as fast as with all of them.
     python mae.py --data fashion-mnist --epochs 3          # a torchvision dataset
     python mae.py --data ~/photos --out runs/photos        # a folder of images
     torchrun --nproc_per_node=8 mae.py --data /imagenet    # the paper's recipe; also --model large
-    python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn
+    python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn, segment
 
 Measured with the first command, seed 0, on two cores of an AMD EPYC: 2 min 54 s; a linear classifier on the
 frozen features is right for 0.62 of new images, before training for 0.27, by chance for 0.10. It reads the
@@ -40,6 +40,7 @@ Details that matter
     as one that was not interrupted [not in the paper]. OUT/last.pt is written about every half minute; if the
     machine dies, what came after it is lost, and --resume (with the same --out) goes on from there.
 11. Fine-tuning reads the mean of the patch tokens through a new norm; the linear probe the class token.
+12. --task segment reads the last four blocks through one convolution, or three [not in the paper: UperNet].
 """
 
 import argparse
@@ -322,7 +323,7 @@ def draw(model, dataset, run, count=10):
 
 # ==========================================================================================================
 # To read the method you can stop here. The rest judges an encoder, of ours or from anywhere: nearest
-# neighbours, a linear probe, fine-tuning.
+# neighbours, a linear probe, fine-tuning, segmentation.
 # ==========================================================================================================
 
 def labelled_ids(dataset, limit=None, seed=0):
@@ -755,12 +756,17 @@ def segment(args, train=None, val=None):
     run = Run(args)
     encoder, train, val = prepare(args, run, train, val, drop_path_rate=args.drop_path)
     args.classes = names = [str(name) for name in train.classes]
+    if args.eval:
+        saved = read_checkpoint(args.init)
+        if "head" not in saved:
+            raise UserError(f"{args.init} is no segmenter: train one first, without --eval")
+        args.head = saved["args"]["head"]
     model = Segmenter(encoder, len(names), args.head)
     if args.eval:
-        model.head.load_state_dict(read_checkpoint(args.init)["head"])
+        model.head.load_state_dict(saved["head"])
 
     ids = torch.arange(len(val))[run.rank::run.world]
-    plan = [(part, 0) for part in ids.split(1 if isinstance(val, Maps) else 100)]  # files differ in size
+    plan = [(part, 0) for part in ids.split(100 if isinstance(val, Images) else 1)]  # files differ in size
 
     def judge():
         return evaluate(model.eval().predict, val, plan, run, len(names), v2.Identity())
@@ -886,7 +892,7 @@ def options():
     add("--head", choices=("linear", "conv"), default="linear", help="segment: with a frozen encoder, or not")
     add("--train-blocks", type=number(int, 0), help="fine-tune only the last so many blocks, and the head")
     add("--pool", choices=("token", "avg"), help="feature: class token or mean patch token")
-    add("--layer-decay", type=fraction, default=1.0, help="rate of a layer over that of the next (paper: 0.65, L, H 0.75)")
+    add("--layer-decay", type=fraction, default=1.0, help="rate of a layer over the next one's (paper: 0.65)")
     add("--drop-path", type=fraction, default=0.0, help="how often blocks are skipped (paper: 0.1)")
     add("--label-smoothing", type=fraction, default=0.0, help="part of a target for all classes (paper: 0.1)")
     add("--mixup", type=alpha, default=0.0, help="alpha of mixup (paper: 0.8)")

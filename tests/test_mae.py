@@ -723,6 +723,7 @@ def test_neighbours_and_reconstruction_are_tasks_too(trained, tmp_path, cli):
     for flags in (
         ["--task", "knn"],
         ["--task", "finetune", "--eval", "--init", f"{trained}/last.pt", "--limit", 20],
+        ["--task", "segment", "--eval", "--init", f"{trained}/last.pt", "--limit", 20],
     ):
         code, _, errors = cli("--out", tmp_path / "x", *flags)
         assert code == 2 and errors.count("\n") == 1
