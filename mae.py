@@ -326,30 +326,22 @@ def draw(model, dataset, run, count=10):
 # neighbours, a linear probe, fine-tuning, segmentation.
 # ==========================================================================================================
 
-def labelled_ids(dataset, limit=None, seed=0):
-    """→ numbers (m,) of at most `limit` labelled images, in random order. Raises UserError if there are no
-    two classes."""
+def labelled_ids(dataset, limit=None, seed=0, per_class=None):
+    """→ numbers (m,) of at most `limit` labelled images, in random order; of those per_class of each class,
+    if it is given. Raises UserError if there are no two classes, or a class has fewer images."""
     labels = labels_of(dataset).cpu() if dataset is not None else torch.zeros(0)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
-    order = order[labels[order] >= 0]
-    if len(labels[order].unique()) < 2:
+    order = order[labels[order] >= 0][:limit]
+    labels = labels[order]
+    if len(labels.unique()) < 2:
         raise UserError("this needs labelled images to train and to validate: train/CLASS and val/CLASS")
-    return order[:limit]
-
-
-def training_ids(args, dataset):
-    """→ the labelled images to train on: with --labels so many of each class. Raises UserError if a class
-    has fewer."""
-    ids = labelled_ids(dataset, args.limit, args.seed)
-    if args.labels is None:
-        return ids
-    labels = labels_of(dataset).cpu()[ids]
-    chosen = [ids[labels == k][:args.labels] for k in labels.unique()]
-    fewest = min(map(len, chosen))
-    if fewest < args.labels:
-        raise UserError(f"--labels {args.labels}: there is a class with {fewest} images")
-    return torch.cat(chosen)
+    if per_class:
+        fewest = labels.bincount()[labels.unique()].min()
+        if fewest < per_class:
+            raise UserError(f"--labels {per_class}: there is a class with {fewest} images")
+        order = torch.cat([order[labels == k][:per_class] for k in labels.unique()])
+    return order
 
 
 def class_names(dataset):
@@ -512,16 +504,19 @@ def evaluate(score, dataset, plan, run, num_classes, transform=None):
     if run.world > 1:
         dist.all_reduce(confusion)
         dist.all_reduce(in_five)
+
+    # Rows of the confusion matrix are true classes, columns are answers. Its diagonal is what was right.
     right = confusion.diagonal()
     truth = confusion.sum(dim=1)
     union = truth + confusion.sum(dim=0) - right
-    iou = right / union.clamp(min=1)
-    accuracy = right.sum().item() / truth.sum().item()
+    accuracy = right.sum() / truth.sum()
     if labels.ndim > 1:
-        mean = iou[union > 0].mean().item()
-        return dict(mean_iou=mean, pixel_accuracy=accuracy, class_iou=iou.tolist())
+        iou = right / union.clamp(min=1)
+        mean = iou[union > 0].mean()
+        return dict(mean_iou=mean.item(), pixel_accuracy=accuracy.item(), class_iou=iou.tolist())
+    top5 = in_five / truth.sum()
     per_class = right / truth.clamp(min=1)
-    return dict(top1=accuracy, top5=in_five.item() / truth.sum().item(), class_accuracy=per_class.tolist())
+    return dict(top1=accuracy.item(), top5=top5.item(), class_accuracy=per_class.tolist())
 
 
 def finish(run, result, names):
@@ -605,7 +600,7 @@ def classify(args, train=None, val=None):
     options = {} if args.eval else dict(global_pool=args.pool, drop_path_rate=args.drop_path)
     # A ViT with one of three pasts: pre-trained, already a classifier (--eval), or new.
     model, train, val = prepare(args, run, train, val, **options)
-    ids = training_ids(args, train)
+    ids = labelled_ids(train, args.limit, args.seed, args.labels)
     val_ids = labelled_ids(val, args.limit)
     args.classes = names = class_names(train)
     make_classifier(args, model, names)
@@ -638,7 +633,7 @@ def nearest(args, train=None, val=None):
     """--task knn: a vote of the 20 nearest training images, by the features of the frozen encoder."""
     run = Run(args)
     encoder, train, val = prepare(args, run, train, val)
-    ids = training_ids(args, train)
+    ids = labelled_ids(train, args.limit, args.seed, args.labels)
     val_ids = labelled_ids(val, args.limit)
     names = class_names(train)
     run.start()
@@ -649,7 +644,8 @@ def nearest(args, train=None, val=None):
         queries = extract_features(encoder, images, args.pool)
         return knn(features, labels, queries, len(names))
 
-    result = evaluate(vote, val, in_parts(val_ids[run.rank::run.world]), run, len(names))
+    plan = in_parts(val_ids[run.rank::run.world])
+    result = evaluate(vote, val, plan, run, len(names))
     finish(run, result, names)
 
 
@@ -685,10 +681,13 @@ def open_maps(args):
     """--data → training and validation dataset with maps: scenes, "voc" (2012), "pets", or a folder in
     ADE20K's layout: images/PART/NAME.jpg with annotations/PART/NAME.png, in which 0 means unknown. Raises
     UserError if there are no images."""
-    if args.data is None:                                             # a shape on its background
-        scenes = open_data(args)
-        maps = [((part.targets[:, None, None] + 1) * part.masks).byte() for part in scenes]
-        return [Images(part.images, map, ["background", *part.classes]) for part, map in zip(scenes, maps)]
+    if args.data is None:
+        # In a scene the shape is an object of its class, and the rest is background, class 0.
+        maps = []
+        for scenes in open_data(args):
+            labels = (scenes.targets[:, None, None] + 1) * scenes.masks
+            maps.append(Images(scenes.images, labels.byte(), ["background", *scenes.classes]))
+        return maps
     if args.data == "voc":
         parts = [torchvision.datasets.VOCSegmentation(args.root, image_set=part, download=True)
                  for part in ("train", "val")]
@@ -704,6 +703,7 @@ def open_maps(args):
         raise UserError(f"there is no image in {folder}/images/training or {folder}/images/validation")
     maps = [[folder / "annotations" / path.parent.name / f"{path.stem}.png" for path in part]
             for part in images]
+    # The highest number in a training map says how many classes there are.
     classes = range(max(np.asarray(Image.open(path)).max() for path in maps[0]))
     return [Maps(*pair, classes, first=1) for pair in zip(images, maps)]
 
@@ -737,9 +737,14 @@ class Segmenter(nn.Module):
         encoder's. What reaches beyond is seen through more windows; where they overlap, scores are averaged.
         """
         h, w = self.encoder.img_size
-        scale = max(h / images.shape[2], w / images.shape[3])
-        H, W = max(h, round(scale * images.shape[2])), max(w, round(scale * images.shape[3]))
+        height, width = images.shape[2:]
+        scale = max(h / height, w / width)
+        H = max(h, round(scale * height))
+        W = max(w, round(scale * width))
         resized = F.interpolate(images, (H, W), mode="bicubic", antialias=True)
+
+        # As many windows as are needed to see everything, evenly spread: the first at the upper left corner,
+        # the last at the lower right.
         total = resized.new_zeros(len(images), self.head[-1].out_channels, H, W)
         count = torch.zeros_like(total)
         for y in spread(H - h + 1, math.ceil(H / h)).tolist():
@@ -747,7 +752,7 @@ class Segmenter(nn.Module):
                 window = (..., slice(y, y + h), slice(x, x + w))
                 total[window] += self(resized[window])
                 count[window] += 1
-        return F.interpolate(total / count, images.shape[2:], mode="bilinear")
+        return F.interpolate(total / count, (height, width), mode="bilinear")
 
 
 def segment(args, train=None, val=None):
@@ -775,13 +780,17 @@ def segment(args, train=None, val=None):
         run.wrap(model)
         run.start()
     else:
-        fit(run, model, train, spread(len(train), args.labels or args.limit), judge, len(val))
+        train_ids = spread(len(train), args.labels or args.limit)
+        fit(run, model, train, train_ids, judge, len(val))
     finish(run, judge(), names)
 
-    # Images, true classes and predicted classes, each class in a colour.
-    images, labels, _ = next(batches(val, [(spread(len(val), 8), 0)], run))
+    # Draw images, true classes and predicted classes. A class's colour is its number times three steps that
+    # wrap around at 256, so neighbours look different.
+    ids = spread(len(val), 8)
+    images, labels, _ = next(batches(val, [(ids, 0)], run))
     answers = model.predict(images).argmax(dim=1)
-    colours = (torch.arange(256)[:, None] * torch.tensor([67, 113, 41])).byte()
+    steps = torch.tensor([67, 113, 41])
+    colours = (torch.arange(256)[:, None] * steps).byte()             # (256, 3)
 
     def colour(maps):
         return colours[maps.cpu()].permute(0, 3, 1, 2)
