@@ -340,7 +340,8 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
         fewest = labels.bincount()[labels.unique()].min()
         if fewest < per_class:
             raise UserError(f"--labels {per_class}: there is a class with {fewest} images")
-        order = torch.cat([order[labels == k][:per_class] for k in labels.unique()])
+        chosen = [order[labels == k][:per_class] for k in labels.unique()]
+        order = torch.cat(chosen)
     return order
 
 
@@ -362,7 +363,9 @@ def extract_features(encoder, images, pool):
     """images (B, C, H, W) → features (B, D): the mean patch token [not in the paper], or for pool "token"
     the class token."""
     tokens = encoder.encode(encoder.embed(images)).float()            # (B, 1+N, D)
-    return tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(dim=1)
+    if pool == "token":
+        return tokens[:, 0]
+    return tokens[:, 1:].mean(dim=1)
 
 
 def all_features(encoder, dataset, ids, run, pool):
@@ -669,7 +672,8 @@ class Maps(Dataset):
 
     def __getitem__(self, i):
         image = read_image(self.images[i])
-        labels = torch.from_numpy(np.array(Image.open(self.maps[i]))) - self.first  # uint8: 0 − 1 is 255
+        labels = torch.from_numpy(np.array(Image.open(self.maps[i])))
+        labels = labels - self.first                                  # in uint8 0 − 1 is 255
         if labels.dtype != torch.uint8 or labels.shape != image.shape[1:]:
             raise UserError(f"{self.maps[i]} is no map of classes, or of another size than its image")
         if (labels[labels < 255] >= len(self.classes)).any():
@@ -686,7 +690,8 @@ def open_maps(args):
         maps = []
         for scenes in open_data(args):
             labels = (scenes.targets[:, None, None] + 1) * scenes.masks
-            maps.append(Images(scenes.images, labels.byte(), ["background", *scenes.classes]))
+            names = ["background", *scenes.classes]
+            maps.append(Images(scenes.images, labels.byte(), names))
         return maps
     if args.data == "voc":
         parts = [torchvision.datasets.VOCSegmentation(args.root, image_set=part, download=True)
@@ -695,10 +700,12 @@ def open_maps(args):
     if args.data == "pets":
         parts = [torchvision.datasets.OxfordIIITPet(args.root, part, "segmentation", download=True)
                  for part in ("trainval", "test")]
-        return [Maps(part._images, part._segs, ["pet", "background", "border"], first=1) for part in parts]
+        names = ["pet", "background", "border"]
+        return [Maps(part._images, part._segs, names, first=1) for part in parts]
 
     folder = pathlib.Path(args.data)
-    images = [sorted((folder / "images" / part).glob("*.*")) for part in ("training", "validation")]
+    parts = [folder / "images" / part for part in ("training", "validation")]
+    images = [sorted(part.glob("*.*")) for part in parts]
     if not all(images):
         raise UserError(f"there is no image in {folder}/images/training or {folder}/images/validation")
     maps = [[folder / "annotations" / path.parent.name / f"{path.stem}.png" for path in part]
@@ -771,10 +778,12 @@ def segment(args, train=None, val=None):
         model.head.load_state_dict(saved["head"])
 
     ids = torch.arange(len(val))[run.rank::run.world]
-    plan = [(part, 0) for part in ids.split(100 if isinstance(val, Images) else 1)]  # files differ in size
+    at_once = 100 if isinstance(val, Images) else 1                   # files differ in size
+    plan = [(part, 0) for part in ids.split(at_once)]
 
     def judge():
-        return evaluate(model.eval().predict, val, plan, run, len(names), v2.Identity())
+        model.eval()
+        return evaluate(model.predict, val, plan, run, len(names), v2.Identity())
 
     if args.eval:
         run.wrap(model)

@@ -1,21 +1,39 @@
-"""How fast is it? python tests/benchmark.py [step paper input methods] [--model base] [--batch 8] [--rounds
-5]
+"""How fast is it? Candidates take turns, and every figure is a median, so ratios can be compared between
+machines; seconds cannot.
 
-Candidates take turns, and every figure is a median, so ratios can be compared between machines; seconds
-cannot.
+    python tests/benchmark.py [step paper input methods] [--model base] [--batch 8] [--rounds 5]
+    python tests/benchmark.py --gpu                 # as many parts for GPUs as fit into eight minutes
+    python tests/benchmark.py --gpu graphs sweep    # some of them
 
-    step     a pre-training step of ours, and of transformers' ViTMAE where it is installed
-    paper    mask tokens in the encoder or not, and a decoder of one block (MAE, table 2 and section 4.1)
-    input    images of 500×375 from files to crops of 224, on one core
-    methods  a step of MAE with AutoMAE's, MixedAE's and MRA's extra work, in their own scripts' small presets
+    step       a pre-training step of ours, and of transformers' ViTMAE where it is installed
+    paper      mask tokens in the encoder or not, and a decoder of one block (MAE, table 2 and section 4.1)
+    input      images of 500×375 from files to crops of 224, on one core
+    methods    images/s of the scripts' default runs
+
+On a GPU, in bf16. The matrix rate is that of one large product of matrices, measured on the same card. A
+step's part of it counts the operations that our step needs, whichever code computes it.
+
+    kernels    attention by backend and number of tokens, the choice of keys in MixedAE, the patch embedding
+    optimizer  AdamW, fused or not
+    large, base, huge   a step of ViT-L, B, H at 224 pixels: ours, ViTMAE, the layout of MAE's own code
+    epoch      50,000 images of 32 pixels from memory, ViT-tiny
+    scripts    the scripts' own loops at 224 pixels: MAE, MixedAE, AutoMAE, ResNet-50 with and without MRA
+    graphs     a step of small models, as CUDA graphs or not
+    sweep      a step of ViT-L by batch size
 """
 
 import argparse
+import contextlib
+import functools
+import gc
+import importlib
+import json
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
@@ -23,7 +41,10 @@ import mae
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class FullMAE(mae.MAE):
@@ -44,72 +65,137 @@ class FullMAE(mae.MAE):
         return self.loss(images, prediction, mask), prediction, mask
 
 
-def build(name, depth=8, kind=mae.MAE):
-    encoder = common.ViT(**common.VITS[name])
-    return kind(encoder, common.Decoder(encoder, depth=depth))
+def build(name, kind=mae.MAE, img_size=224, **decoder):
+    encoder = common.ViT(img_size, **common.VITS[name])
+    return kind(encoder, common.Decoder(encoder, **decoder))
 
 
-def make_step(model, images, device, loss_of=lambda output: output[0]):
-    """→ a function that does one training step in bf16 on a GPU, in float32 on a CPU."""
+def vitmae(name):
+    """→ transformers' ViTMAE of the same size, with its default attention. Raises ImportError without it."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    size = common.VITS[name]
+    return ViTMAEForPreTraining(ViTMAEConfig(
+        hidden_size=size["embed_dim"],
+        num_hidden_layers=size["depth"],
+        num_attention_heads=size["num_heads"],
+        intermediate_size=4 * size["embed_dim"],
+        patch_size=size["patch_size"],
+        norm_pix_loss=True,
+    ))
+
+
+def unfused(attention, x):
+    """Attention in three operations, as in MAE's own code: the T×T weights lie in memory."""
+    q, k, v = attention.project(x)
+    weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+    return attention.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+def mae_layout(name):
+    """→ our MAE with the attention of facebookresearch/mae. The rest of that code does what ours does."""
+    model = build(name)
+    for module in model.modules():
+        if isinstance(module, common.Attention):
+            module.forward = functools.partial(unfused, module)
+    return model
+
+
+def compile_blocks(model):
+    """Compiles the blocks alone. All that have one shape need compiling once."""
+    for module in model.modules():
+        if isinstance(module, common.Block):
+            module.compile(dynamic=False)
+    return model
+
+
+def make_step(model, images, device, loss_of=lambda output: output[0], compiled=None, **options):
+    """→ a function that does one training step in bf16 on a GPU, in float32 on a CPU. compiled: on GPUs, if
+    left out. options: torch.compile's."""
     model.to(device).train()
-    if device == "cuda":
-        model.compile(dynamic=False)
+    forward = model
+    if compiled or (compiled is None and device == "cuda"):
+        forward = torch.compile(model, dynamic=False, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
+        if options:
+            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = loss_of(model(images))
+            loss = loss_of(forward(images))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return step
 
 
-def compare(title, steps, batch, rounds, device):
-    """Prints the median time of every candidate; they take turns, in another order each round."""
-    seconds = {name: [] for name in steps}
-    for step in steps.values():
-        step()                                                        # warms up, and compiles
-    for turn in range(rounds):
-        names = list(steps)[turn % len(steps):] + list(steps)[:turn % len(steps)]
-        for name in names:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            steps[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def guarded(name):
+    """What fails, because memory is full or a package is missing, is printed and left out."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        print(f"  {name:<40} failed: {type(error).__name__}: {reason}", flush=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def compare(args, title, steps, batch, repeat=1, work=None):
+    """Prints the median time of every candidate; they take turns, in another order each round. repeat: calls
+    in a row. work: operations of one image, for one more column."""
+    device = args.device
     print(f"\n{title}, batch {batch}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    first = statistics.median(next(iter(seconds.values())))
+    seconds = {}
+    for name, step in steps.items():
+        start = time.perf_counter()
+        with guarded(name):
+            # Warms up, compiles, and records CUDA graphs.
+            for _ in range(3 if device == "cuda" else 1):
+                step()
+            synchronize(device)
+            seconds[name] = []
+        if time.perf_counter() - start > 5:
+            print(f"  {name:<40} ready after {time.perf_counter() - start:.0f} s", flush=True)
+    for turn in range(args.rounds):
+        names = list(seconds)
+        turn %= max(1, len(names))                                    # there may be none that works
+        for name in names[turn:] + names[:turn]:
+            start = time.perf_counter()
+            for _ in range(repeat):
+                steps[name]()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - start) / repeat)
+    first = None
     for name, times in seconds.items():
         median = statistics.median(times)
-        print(f"  {name:<40}{1000 * median:>9.1f} ms{batch / median:>10.1f} images/s{first / median:>8.2f} ×")
+        first = first or median
+        speed = batch / median
+        line = f"  {name:<40}{1000 * median:>10.2f} ms{speed:>12.1f} images/s{first / median:>8.2f} ×"
+        if work:
+            line += f"{work * speed / args.rate:>8.1%} of the matrix rate"
+        print(line, flush=True)
 
 
 def step(args, images):
     steps = {"ours": make_step(build(args.model), images, args.device)}
-    try:
-        from transformers import ViTMAEConfig, ViTMAEForPreTraining
-    except ImportError:
-        return compare(f"a step of ViT-{args.model}", steps, args.batch, args.rounds, args.device)
-    size = common.VITS[args.model]
-    config = ViTMAEConfig(
-        hidden_size=size["embed_dim"], num_hidden_layers=size["depth"], num_attention_heads=size["num_heads"],
-        intermediate_size=4 * size["embed_dim"], patch_size=size["patch_size"], norm_pix_loss=True)
-    steps["transformers' ViTMAE"] = make_step(
-        ViTMAEForPreTraining(config), images, args.device, lambda output: output.loss)
-    compare(f"a step of ViT-{args.model}", steps, args.batch, args.rounds, args.device)
+    with guarded("transformers' ViTMAE"):
+        model = vitmae(args.model)
+        steps["transformers' ViTMAE"] = make_step(model, images, args.device, lambda output: output.loss)
+    compare(args, f"a step of ViT-{args.model}", steps, args.batch)
 
 
 def paper(args, images):
     steps = {
-        "mask tokens in the encoder": make_step(build(args.model, kind=FullMAE), images, args.device),
+        "mask tokens in the encoder": make_step(build(args.model, FullMAE), images, args.device),
         "none": make_step(build(args.model), images, args.device),
         "none, a decoder of one block": make_step(build(args.model, depth=1), images, args.device),
     }
-    title = f"ViT-{args.model} (paper, ViT-L: 1, 2.8, 3.7 times)"
-    compare(title, steps, args.batch, args.rounds, args.device)
+    compare(args, f"ViT-{args.model} (paper, ViT-L: 1, 2.8, 3.7 times)", steps, args.batch)
 
 
 def read_files(args, images, count=64):
@@ -132,15 +218,12 @@ def read_files(args, images, count=64):
             for i in range(count):
                 np.asarray(Image.open(f"{folder}/{i}.jpg"))
 
-        steps = {"ours": ours, "decoding alone": decode}
-        compare("500×375 JPEGs to crops of 224", steps, count, args.rounds, "cpu")
+        args = argparse.Namespace(rounds=args.rounds, device="cpu")
+        compare(args, "500×375 JPEGs to crops of 224", {"ours": ours, "decoding alone": decode}, count)
 
 
 def methods(args, images):
     """Each script's default run for 40 steps: images/s as it logs them, its prior or augmentor apart."""
-    import importlib
-    import json
-
     for name in ("mae", "automae", "mixedae"):
         script = importlib.import_module(name)
         with tempfile.TemporaryDirectory() as out:
@@ -151,18 +234,273 @@ def methods(args, images):
         print(f"  {name:<40}{speed:>10.1f} images/s", flush=True)
 
 
+# ------------------------------------------------------------------------------------------------- on a GPU
+
+def matrix_rate(device, size=8192):
+    """→ operations a second in bf16 products of two large matrices: what this card can do at best."""
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    times = []
+    for _ in range(6):                                                # the first one warms up
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 10 * 2 * size ** 3 / statistics.median(times[1:])
+
+
+def work_of(name, args, count=4):
+    """→ the operations of a training step per image, multiplications and additions counted one by one."""
+    images = torch.randn(count, 3, 224, 224, device=args.device)
+    with torch.device(args.device):                                   # where drawing weights takes no time
+        step = make_step(build(name), images, args.device, compiled=False)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() / count
+
+
+def model_step(args, name, batch):
+    images = torch.randn(batch, 3, 224, 224, device=args.device)
+    make = functools.partial(make_step, images=images, device=args.device)
+    steps = {}
+    with guarded("ours"), torch.device(args.device):
+        steps["ours, compiled"] = make(build(name))
+        steps["ours, blocks compiled alone"] = make(compile_blocks(build(name)), compiled=False)
+    with guarded("facebookresearch/mae"), torch.device(args.device):
+        steps["facebookresearch/mae's layout"] = make(mae_layout(name), compiled=False)
+    with guarded("ViTMAE"), torch.device(args.device):
+        model = vitmae(name)
+        for title, compiled in (("ViTMAE", False), ("ViTMAE, compiled", True)):
+            steps[title] = make(model, loss_of=lambda output: output.loss, compiled=compiled)
+    compare(args, f"a step of ViT-{name}", steps, batch, 5, work_of(name, args))
+
+
+def kernels(args):
+    """Forward and backward pass of single operations."""
+    make = functools.partial(torch.randn, device=args.device, dtype=torch.bfloat16)
+
+    def both_passes(function, *inputs):
+        learned = [value.requires_grad_() for value in inputs]
+        gradient = torch.randn_like(function(*inputs))
+        return lambda: torch.autograd.grad(function(*inputs), learned, gradient)
+
+    def attend(backend, *inputs):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*inputs)
+
+    def attend_masked(*inputs):
+        return F.scaled_dot_product_attention(*inputs, mask)
+
+    # Are 50 or 197 tokens slower than the next multiple of 8? In the encoder of ViT-B, then in the decoder.
+    batch = args.batch
+    cases = (("encoder", 12, 64, (50, 56, 64)), ("decoder", 16, 32, (197, 200, 208)))
+    for title, heads, width, sizes in cases:
+        steps = {}
+        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
+            attend_by = functools.partial(attend, getattr(SDPBackend, backend))
+            for tokens in sizes:
+                name = f"{tokens} tokens, {backend.lower()}"
+                with guarded(name):
+                    qkv = [make(batch, heads, tokens, width) for _ in range(3)]
+                    steps[name] = both_passes(attend_by, *qkv)
+        compare(args, f"attention of the {title} of ViT-B", steps, batch, 20)
+
+    # MixedAE: a quarter of the sequences, and a mask that is made from the 49 highest of 196 scores.
+    qkv = [make(batch // 4, 12, 197, 64) for _ in range(3)]
+    scores = make(batch // 4, 12, 196, 196)
+    mask = torch.rand(batch // 4, 12, 197, 197, device=args.device) < 0.25
+    steps = {
+        "attention without a mask": both_passes(F.scaled_dot_product_attention, *qkv),
+        "attention with a mask": both_passes(attend_masked, *qkv),
+        "topk": lambda: scores.topk(49).values,
+        "sort": lambda: scores.sort().values,
+    }
+    compare(args, "one block of MixedAE", steps, batch, 20)
+
+    # The patch embedding is a convolution. As a product of matrices it is the same.
+    images, weight = make(batch, 3, 224, 224), make(768, 3, 16, 16)
+    steps = {
+        "convolution": both_passes(lambda weight: F.conv2d(images, weight, stride=16), weight),
+        "matrix product": both_passes(
+            lambda weight: F.linear(common.patchify(images, 16), weight.flatten(1)), weight.clone()),
+    }
+    compare(args, "the patch embedding of ViT-B", steps, batch, 20)
+
+
+class Enough(Exception):
+    """Ends a script's loop."""
+
+
+def pace(args, script, preset, train, first, last, words):
+    """→ seconds a step between two steps of a script's own loop, cutting images out of memory included."""
+    train_on = script.classify if script.__name__ == "mra" else script.pretrain
+    original, times = common.Run.steps, []
+
+    def steps(run):
+        for step in original(run):
+            if step in (first, last):
+                synchronize(args.device)
+                times.append(time.perf_counter())
+            if step == last:
+                raise Enough
+            yield step
+
+    with tempfile.TemporaryDirectory() as out, mock.patch.object(common.Run, "steps", steps):
+        words += f" --out {out} --device {args.device} --epochs 9 --lr 1e-5"
+        words += " --mean 128 128 128 --std 74 74 74"
+        options = common.parse_args(script.options(), script.__name__, lambda *_: preset, words.split())
+        with contextlib.suppress(Enough), contextlib.redirect_stdout(sys.stderr):
+            train_on(options, train, train)
+    return (times[1] - times[0]) / (last - first)
+
+
+def random_images(args, count, size):
+    """→ a dataset that lies on the device already."""
+    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=args.device)
+    return common.Images(pixels, torch.arange(count) % 10, range(10))
+
+
+def scripts(args, steps=20):
+    import automae
+    import mixedae
+    import mra
+    train = random_images(args, steps * args.batch, 224)
+    shared = f"--size 224 --patch 16 --crop 1 --batch {args.batch} "
+    with tempfile.TemporaryDirectory() as folder:
+        # What AutoMAE and MRA would train first, untrained.
+        prior = build(args.model)
+        torch.save({"encoder": prior.encoder.state_dict()}, f"{folder}/prior.pt")
+        light = build("light", embed_dim=192, depth=2, num_heads=3)
+        torch.save(dict(
+            encoder=light.encoder.state_dict(),
+            decoder=light.decoder.state_dict(),
+            args=dict(decoder=light.decoder.config),
+        ), f"{folder}/light.pt")
+        vit = f"--model {args.model} "
+        augmentor = f"--augmentor {folder}/light.pt --augment "
+        cases = [
+            ("MAE", mae, mae.PRESETS["imagenet"], vit),
+            ("MixedAE (aim: 1.03)", mixedae, mixedae.IMAGENET, vit),
+            ("AutoMAE", automae, automae.PRESETS["imagenet"], vit + f"--prior {folder}/prior.pt"),
+            ("ResNet-50", mra, mra.PRESETS["imagenet"], augmentor + "none"),
+            ("ResNet-50, MRA (aim: 1.10)", mra, mra.PRESETS["imagenet"], augmentor + "mra"),
+        ]
+        print(f"\na step of each script's loop, ViT-{args.model}, batch {args.batch}, {args.device}")
+        base = {}                                                     # ratios are to MAE and to the ResNet alone
+        for name, script, preset, words in cases:
+            with guarded(name):
+                seconds = pace(args, script, preset, train, 5, steps - 2, shared + words)
+                ratio = seconds / base.setdefault(script is mra, seconds)
+                print(f"  {name:<40}{1000 * seconds:>10.1f} ms{ratio:>8.2f} ×", flush=True)
+            torch.compiler.reset()
+
+
+def epoch(args, count=50_000):
+    train = random_images(args, count, 32)
+    print(f"\nan epoch of {count} images of 32 pixels, ViT-tiny, {args.device} (aim: 2 s)")
+    for batch in (256, 1024):
+        for crop in ("1", "0.2"):
+            name = f"batch {batch}, " + ("whole images" if crop == "1" else "random crops")
+            words = f"--model tiny --size 32 --patch 4 --crop {crop} --batch {batch} --micro-batch {batch}"
+            with guarded(name):
+                steps = count // batch
+                seconds = pace(args, mae, mae.PRESETS["scenes"], train, steps // 4, steps - 2, words)
+                print(f"  {name:<40}{seconds * count / batch:>10.2f} s", flush=True)
+            torch.compiler.reset()
+
+
+def graphs(args):
+    """Small models, whose kernels are so short that the processor cannot start them fast enough."""
+    for name, size, batch in (("nano", 64, 32), ("tiny", 32, 256)):
+        images = torch.randn(batch, 3, size, size, device=args.device)
+        patch = min(common.VITS[name]["patch_size"], size // 8)
+        steps = {}
+        cases = {
+            "compiled": {},
+            "compiled, as CUDA graphs": dict(mode="reduce-overhead"),
+            "not compiled": dict(compiled=False),
+        }
+        for title, options in cases.items():
+            encoder = common.ViT(size, **common.VITS[name] | dict(patch_size=patch))
+            model = mae.MAE(encoder, common.Decoder(encoder, 64, 2, 4))
+            with guarded(title):
+                steps[title] = make_step(model, images, args.device, **options)
+        compare(args, f"a step of ViT-{name}, {size} pixels", steps, batch, 20)
+
+
+def optimizer(args):
+    steps = {}
+    for title in ("fused", "foreach"):
+        with guarded(title):
+            with torch.device(args.device):
+                model = build("large")
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            steps[title] = torch.optim.AdamW(model.parameters(), lr=1e-4, **{title: True}).step
+    compare(args, "AdamW for ViT-L", steps, 1, 5)
+
+
+def sweep(args):
+    work = work_of("large", args)
+    with torch.device(args.device):
+        model = compile_blocks(build("large"))
+    for batch in (32, 64, 128, 256, 512):
+        torch.compiler.reset()
+        with guarded(f"batch {batch}"):
+            images = torch.randn(batch, 3, 224, 224, device=args.device)
+            step = make_step(model, images, args.device, compiled=False)
+            torch.cuda.reset_peak_memory_stats()
+            compare(args, "a step of ViT-large", {"blocks compiled alone": step}, batch, 3, work)
+            print(f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB", flush=True)
+
+
+def on_gpu(args, questions):
+    """Runs parts for GPUs. None begins after five and a half minutes, so that the last one ends in time."""
+    began = time.perf_counter()
+    left_out = []
+    torch.set_float32_matmul_precision("high")                        # as the scripts do
+    args.rate = matrix_rate(args.device)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+    print(f"{name}, CUDA {torch.version.cuda}, matrix rate {args.rate / 1e12:.0f} TFLOP/s in bf16")
+    for question in questions:
+        if time.perf_counter() - began > 330:
+            left_out.append(question)
+            continue
+        with guarded(question):
+            ON_GPU[question](args)
+        torch.compiler.reset()
+        print(f"  ({question} ends after {time.perf_counter() - began:.0f} s)", flush=True)
+    if left_out:
+        print(f"\nno time for: python tests/benchmark.py --gpu {' '.join(left_out)}")
+
+
 QUESTIONS = {"step": step, "paper": paper, "input": read_files, "methods": methods}
+ON_GPU = {                                                            # in this order
+    "kernels": kernels,
+    "optimizer": optimizer,
+    "large": functools.partial(model_step, name="large", batch=256),
+    "base": functools.partial(model_step, name="base", batch=256),
+    "epoch": epoch,
+    "scripts": scripts,
+    "graphs": graphs,
+    "sweep": sweep,
+    "huge": functools.partial(model_step, name="huge", batch=64),
+}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, []], default=["step", "paper"])
+    parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, *ON_GPU, []])
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--model", choices=common.VITS, default="base")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    size = 224
-    images = torch.randn(args.batch, 3, size, size, device=args.device)
-    for question in args.questions:
-        QUESTIONS[question](args, images)
+    args.batch = args.batch or (256 if args.gpu else 8)
+    if args.gpu:
+        on_gpu(args, args.questions or ON_GPU)
+    else:
+        images = torch.randn(args.batch, 3, 224, 224, device=args.device)
+        for question in args.questions or ["step", "paper"]:
+            QUESTIONS[question](args, images)
