@@ -3,7 +3,8 @@ transformer, weights in and out, images, a run, and the command line. To use a s
 together with this file.
 
 Letters in shapes: B images in a batch, C channels, H×W pixels, P patch size, h×w grid of patches, N = h·w
-patches, n visible patches, T tokens, D width of the encoder, d width of the decoder, M images in a dataset.
+patches, n visible patches, T tokens, D width of the encoder, d width of the decoder, M images in a dataset,
+K classes, b images in a micro-batch.
 """
 
 import argparse
@@ -213,8 +214,9 @@ class ViT(nn.Module):
         global_pool="token",
     ):
         super().__init__()
-        # What it takes to build this model again. Checkpoints keep it as args["vit"], and timm's
-        # VisionTransformer(**args["vit"]) is the same model.
+        # What it takes to build this model again. Checkpoints keep it as args["vit"]. timm's
+        # VisionTransformer(**checkpoint["args"]["vit"]) is the same model, and its load_state_dict takes
+        # checkpoint["encoder"].
         self.config = dict(
             img_size=to_pair(img_size),
             patch_size=patch_size,
@@ -341,7 +343,7 @@ def read_checkpoint(path):
 
 
 
-RENAMES = {             # Hugging Face's parameter names, in files and in newer classes: timm's, in this order
+RENAMES = {                          # Hugging Face's parameter names, old and new → timm's; the order matters
     r"^((module|model|backbone|vit|embeddings)\.)+": "",
     r"^decoder\.(?=decoder_|mask_token)": "",
     r"^position_embeddings": "pos_embed",
@@ -795,9 +797,9 @@ def training_plan(ids, run, times=1):
     """Yields (ids (b,), seed) for each micro-batch of this process, from step run.step on.
 
     Which images a step sees, and the seed of its random numbers, depend only on (--seed, step) and on the
-    place in the global batch. So a run that was killed continues exactly, and two processes see together
-    what one would see. An epoch is a new order of all ids; those at its end that do not fill a batch are
-    left out. times: so many times --batch.
+    place in the global batch. So a run that was killed continues exactly, and two processes with the same
+    micro-batches see together what one would see. An epoch is a new order of all ids; those at its end that
+    do not fill a batch are left out. times: a multiple of --batch, as FixMatch needs.
     """
     size = run.micro_batch * times
     for step in range(run.step, run.total_steps):
@@ -928,7 +930,7 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
     if isinstance(dataset, Images) and augment is None:
         source = memory_batches
         if not train:
-            transform = v2.Resize(args.size)                          # all of the image
+            transform = transform or v2.Resize(args.size)             # all of the image
     transform = transform or view_transform(args, train, augment)
 
     # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device.
@@ -1144,8 +1146,8 @@ class Run:
             write_atomically(f"{self.args.out}/{name}", lambda file: torch.save(values, file))
 
     def ends_epoch(self, step, cost):
-        """→ whether to evaluate `cost` images after this step: at the end of an epoch, or of several if
-        they are short."""
+        """→ whether to evaluate after this step: at the end of an epoch, or of several, so that at least as
+        many images are trained on as are evaluated (`cost`)."""
         epochs = math.ceil(cost / (self.steps_per_epoch * self.args.batch))
         return (step + 1) % (epochs * self.steps_per_epoch) == 0 or step + 1 == self.total_steps
 
@@ -1294,7 +1296,7 @@ def shared_options(description):
     add("--batch", type=count, help="images a step, over all processes (paper: 4096)")
     add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (paper: 1.5e-4)")
     add("--warmup", type=amount, help="epochs of rising learning rate; None: a tenth of all (paper: 40)")
-    add("--limit", type=count, help="use only so many images, for a quick try")
+    add("--limit", type=count, help="use only this many images, for a quick try")
     add("--seed", type=whole, default=0, help="decides weights, order, crops and masks")
     add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
     add("--overwrite", action="store_true", help="replace the run in OUT")
@@ -1338,8 +1340,7 @@ def kind_of_data(args):
 
 def parse_args(parser, script, preset, arguments=None):
     """→ the options of a run. Those that are not given come from preset(args, kind of data), a dictionary;
-    with --resume all come from the run, and only some that do not change what is learned may be given
-    anew."""
+    with --resume all come from the run, and only those in MAY_CHANGE may be given anew."""
     # A first look at the command line: its data, model and task decide about the presets. --help has to
     # wait until these are known.
     args, _ = parser.parse_known_args(arguments)
@@ -1349,8 +1350,8 @@ def parse_args(parser, script, preset, arguments=None):
     if evaluation:
         out += f"-{task}"
 
-    # The values that are not given on the command line. In a folder without args.json this run has not begun:
-    # what AutoMAE and MRA train first lies there, and goes on by itself.
+    # The values that are not given on the command line. Without args.json this run has not begun: AutoMAE
+    # and MRA first train something in a folder inside OUT, and that run resumes by itself.
     resume = args.resume and not (os.path.isdir(out) and not os.path.exists(f"{out}/args.json"))
     if resume:
         values = read_checkpoint(f"{out}/last.pt")["args"]

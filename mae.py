@@ -34,13 +34,17 @@ Details that matter
  6. The peak learning rate is --lr × batch / 256: 2.4e-3 for the paper's batch of 4096.
  7. LayerNorm's eps is 1e-6, as in MAE's code and timm. PyTorch's default is 1e-5.
  8. The patch projection is initialised as the linear layer it is, not as a convolution.
- 9. Crop and flip are the only augmentations (for scenes flip alone). Colour jitter hurts; hiding patches is
-    augmentation enough.
+ 9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts; hiding
+    patches is augmentation enough.
 10. Random numbers start anew in every step, from (seed, step). So a resumed run ends with the same weights
-    as one that was not interrupted [not in the paper]. OUT/last.pt is written about every half minute; if the
-    machine dies, what came after it is lost, and --resume (with the same --out) goes on from there.
-11. Fine-tuning reads the mean of the patch tokens through a new norm; the linear probe the class token.
-12. --task segment reads the last four blocks through one convolution, or three [not in the paper: UperNet].
+    as one that was not interrupted [not in the paper]. OUT/last.pt is written every half minute, or less
+    often where that takes long (2 % of the time at most). If the machine dies, what came after it is lost:
+    `python mae.py --resume`, with the same --out if it was given, goes on from there. All other options come
+    from the checkpoint.
+11. Fine-tuning reads the mean of the patch tokens through a new norm. The linear probe reads the class token,
+    but in the small presets the mean patch token [not in the paper].
+12. --task segment reads the last four blocks through one convolution, or three [not in the paper, which uses
+    UperNet].
 """
 
 import argparse
@@ -74,8 +78,8 @@ def random_noise(batch, grid, device):
 
 
 def grid_noise(batch, grid, device):
-    """→ (B, N): of every 2×2 patches the upper left one stays (figure 6). Which others do, if more may, is
-    random."""
+    """→ (B, N): of every 2×2 patches the upper left one stays (figure 6). If more have to stay, they are
+    random ones."""
     row = torch.arange(grid[0], device=device)[:, None]
     column = torch.arange(grid[1], device=device)
     stays = (row % 2 == 0) & (column % 2 == 0)                        # (h, w)
@@ -185,7 +189,8 @@ class MAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images, mask_ratio=0.75):
-        """images (B, C, H, W) → the same with hidden patches 0, and with hidden patches as predicted.
+        """images (B, C, H, W) → two copies: with hidden patches set to 0, and with hidden patches as
+        predicted.
 
         With norm_pixels a prediction has no mean and contrast. They are taken from the true patch, which
         gives a part of the answer away: whoever shows such an image has to say so.
@@ -209,8 +214,8 @@ def prepare(args, run, train=None, val=None, **options):
     ViT. Raises UserError if they do not fit together."""
     encoder = None
     if args.init is not None:
-        # Images get the size, mean and std of the encoder's own pre-training, unless the options say
-        # otherwise.
+        # Images get the size, mean and std of the encoder's own pre-training, unless the options or the
+        # recipe name others.
         if args.size:
             options["img_size"] = args.size
         encoder = load_encoder(args.init, **options)
@@ -241,8 +246,10 @@ def prepare_decoder(args, encoder):
 
 def pretrain(args, train=None, val=None):
     """Pre-trains a masked autoencoder. args: from `parse`. train, val: datasets of your own, instead of
-    --data: anything with __len__ and __getitem__(i) → (uint8 image (C, H, W), label), any number of
-    channels, square or not; −1 is a label nobody knows."""
+    --data: anything with __len__ and __getitem__(i) → (uint8 tensor (C, H, W), label), any number of
+    channels, square or not; −1 is a label nobody knows. For example
+    `mae.pretrain(mae.parse(["--out", "runs/mine"]), train)`; size, mean and std are then taken from the data.
+    """
     run = Run(args)
     encoder, train, val = prepare(args, run, train, val)
     decoder = prepare_decoder(args, encoder)
@@ -430,9 +437,9 @@ def report(encoder, train, val, run):
 
 
 def lars(optimizer, args, kwargs, trust=0.001):
-    """Makes SGD with momentum the LARS of the linear probe (appendix A.1, after 1708.03888): before a step,
-    the gradient of a weight matrix gets the length trust · |w|, so that every matrix moves by the same part
-    of its own length."""
+    """Turns SGD with momentum into the LARS of the linear probe (appendix A.1, after 1708.03888): before a
+    step, the gradient of a weight matrix gets the length trust · |w|, so that every matrix moves by the
+    same part of its own length."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.ndim > 1:                                    # biases take their gradient as it is
@@ -494,8 +501,9 @@ def plain_state(module):
 @torch.no_grad()
 def evaluate(score, dataset, plan, run, num_classes, transform=None):
     """score: images (b, C, H, W) → scores (b, K), or (b, K, H, W) of every pixel. → accuracies, and for
-    pixels intersection over union (IoU), over all images and processes. A class's IoU is the number of pixels
-    that are of it in truth and prediction, over that in either; the mean is over classes that occur."""
+    pixels intersection over union (IoU), over all images and processes. The IoU of a class is the number of
+    pixels that have it in truth and prediction, divided by the number that have it in either; the mean is
+    over classes that occur in truth or prediction."""
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=run.device)
     in_five = torch.zeros(1, dtype=torch.long, device=run.device)
     for images, labels, _ in batches(dataset, plan, run, transform=transform):
@@ -524,19 +532,17 @@ def evaluate(score, dataset, plan, run, num_classes, transform=None):
 
 def finish(run, result, names):
     """Says and logs the result of a task: numbers, and last a list with one for every class."""
-    *numbers, per_class = result.items()
+    *numbers, _ = result.items()
     text = ", ".join(f"{name} {value:.4f}" for name, value in numbers)
     chance = f", by chance {1 / len(names):.4f}" if "top1" in result else ""
     run.print(f"{run.args.task}: {text}{chance}")
-    worst = sorted(zip(per_class[1], names))[:5]
-    run.print("hardest classes: " + ", ".join(f"{name} {value:.2f}" for value, name in worst))
     run.write_log(step=run.step, task=run.args.task, **result)
 
 
 def fit(run, model, train, ids, judge, cost, augment=None, mixes=()):
-    """Trains what in a model has gradients on the images `ids`: the loop of probe, fine-tuning and
-    segmentation. judge() → results on `cost` validation images; the weights with the best first result stay
-    in OUT/best.pt."""
+    """Trains whatever requires gradients, on the images `ids`: the loop of probe, fine-tuning and
+    segmentation. judge() → results on `cost` validation images; OUT/best.pt keeps the weights with the best
+    value of the first of them."""
     args = run.args
     wrapped = run.wrap(model)
     # The probe learns with LARS. Fine-tuning learns with AdamW, and early layers more slowly than late
@@ -619,7 +625,7 @@ def classify(args, train=None, val=None):
         bicubic = v2.InterpolationMode.BICUBIC
         change = v2.RandAugment(1, args.randaugment, 11, bicubic, fill)
         twice = [v2.RandomApply([change]), v2.RandomApply([change])]
-        augment = v2.Compose([v2.ToPILImage(), *twice, v2.PILToTensor()])  # bicubic is Pillow's
+        augment = v2.Compose([v2.ToPILImage(), *twice, v2.PILToTensor()])  # bicubic needs Pillow's images
     if args.mixup:
         mixes.append(v2.MixUp(alpha=args.mixup, num_classes=len(names)))
     if args.cutmix:
@@ -657,9 +663,9 @@ person pottedplant sheep sofa train tvmonitor"""
 
 
 class Maps(Dataset):
-    """Image files and files with the class of every pixel → a dataset for segmentation. first: the number of
-    class 0 in the files; lower ones and 255 mean that nobody knows. Raises UserError for a map of another
-    size than its image, or with a label beyond the classes."""
+    """Image files and files with the class of every pixel → a dataset for segmentation. first: the number
+    of class 0 in the files; lower ones and 255 mean that nobody knows the class. Raises UserError for a map
+    of another size than its image, or with a label beyond the classes."""
 
     def __init__(self, images, maps, classes, first):
         self.images = images
@@ -673,7 +679,8 @@ class Maps(Dataset):
     def __getitem__(self, i):
         image = read_image(self.images[i])
         labels = torch.from_numpy(np.array(Image.open(self.maps[i])))
-        labels = labels - self.first                                  # in uint8 0 − 1 is 255
+        unknown = (labels < self.first) | (labels == 255)
+        labels = (labels - self.first).masked_fill(unknown, 255)
         if labels.dtype != torch.uint8 or labels.shape != image.shape[1:]:
             raise UserError(f"{self.maps[i]} is no map of classes, or of another size than its image")
         if (labels[labels < 255] >= len(self.classes)).any():
@@ -711,7 +718,8 @@ def open_maps(args):
     maps = [[folder / "annotations" / path.parent.name / f"{path.stem}.png" for path in part]
             for part in images]
     # The highest number in a training map says how many classes there are.
-    classes = range(max(np.asarray(Image.open(path)).max() for path in maps[0]))
+    counts = sum(np.array(Image.open(path).histogram()[:255]) for path in maps[0])
+    classes = range(counts.nonzero()[0].max())
     return [Maps(*pair, classes, first=1) for pair in zip(images, maps)]
 
 
@@ -740,9 +748,9 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict(self, images):
-        """images (B, C, H, W) of any size → scores (B, K, H, W). An image is resized to just cover the
-        encoder's. What reaches beyond is seen through more windows; where they overlap, scores are averaged.
-        """
+        """images (B, C, H, W) of any size → scores (B, K, H, W). An image is scaled, keeping its
+        proportions, to just cover the encoder's img_size. Its longer side is then seen through several
+        windows; where they overlap, scores are averaged."""
         h, w = self.encoder.img_size
         height, width = images.shape[2:]
         scale = max(h / height, w / width)
@@ -833,8 +841,8 @@ TASKS = {
 # --------------------------------------------------------------------------------------------- command line
 
 # Defaults by kind of data, task and model; later rows override earlier ones. "imagenet" is the paper's
-# recipe (appendix A.1). "scenes" and "small" take minutes on a CPU [not in the paper]; `updates` is their
-# number of steps.
+# recipe (appendix A.1). "scenes" is for scenes and all small data and takes minutes on a CPU [not in the
+# paper]; `updates` is the number of steps.
 PRESETS = {
     "scenes": dict(
         model="nano",
@@ -906,9 +914,9 @@ def options():
 
     add = parser.add_argument_group("judging an encoder").add_argument
     add("--eval", action="store_true", help="only measure the classifier in --init")
-    add("--labels", type=number(int, 1), help="train on so many images of each class; segment: in all")
+    add("--labels", type=number(int, 1), help="train on this many images of each class; segment: in all")
     add("--head", choices=("linear", "conv"), default="linear", help="segment: with a frozen encoder, or not")
-    add("--train-blocks", type=number(int, 0), help="fine-tune only the last so many blocks, and the head")
+    add("--train-blocks", type=number(int, 0), help="fine-tune only the last blocks, this many, and the head")
     add("--pool", choices=("token", "avg"), help="feature: class token or mean patch token")
     add("--layer-decay", type=fraction, default=1.0, help="rate of a layer over the next one's (paper: 0.65)")
     add("--drop-path", type=fraction, default=0.0, help="how often blocks are skipped (paper: 0.1)")
