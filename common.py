@@ -443,7 +443,8 @@ def fill(module, state, path, optional=()):
 def load_encoder(path, **overrides):
     """→ a ViT built from what a file holds: a checkpoint of this project, of MAE's release (pre-trained or
     fine-tuned), of timm or of Hugging Face (ViTMAE, ViT). Any argument of `ViT` can be given instead; for
-    another img_size the positions are resized. A fine-tuned file gives the whole classifier, head included.
+    another img_size the positions are resized; None counts as not given. A fine-tuned file gives the whole
+    classifier, head included.
 
     The ViT also has `classes` (names), `mean` and `std` (of its images, in pixel values 0 … 255) and
     `norm_pixels` (whether its decoder predicts normalised patches), or None where the file does not say.
@@ -471,11 +472,13 @@ def load_encoder(path, **overrides):
         num_heads=saved.get("num_heads") or usual_heads.get(embed_dim, math.ceil(embed_dim / 64)),
         global_pool="avg" if "fc_norm.weight" in state else "token",
     )
-    encoder = ViT(**(config | overrides))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    encoder = ViT(**(config | given))
     state["pos_embed"] = resize_positions(state["pos_embed"], grid, encoder.grid)
     fill(encoder, state, path, optional=("head.", "norm.", "fc_norm."))
-    for name in ("classes", "mean", "std", "norm_pixels"):
+    for name in ("classes", "mean", "std"):
         setattr(encoder, name, args.get(name))
+    encoder.norm_pixels = args.get("norm_pixels", args.get("norm_pix_loss"))  # the second is MAE's release
     return encoder
 
 

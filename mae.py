@@ -216,9 +216,7 @@ def prepare(args, run, train=None, val=None, **options):
     if args.init is not None:
         # Images get the size, mean and std of the encoder's own pre-training, unless the options or the
         # recipe name others.
-        if args.size:
-            options["img_size"] = args.size
-        encoder = load_encoder(args.init, **options)
+        encoder = load_encoder(args.init, img_size=args.size, **options)
         args.size, args.patch = encoder.img_size, encoder.patch_size
         args.mean = args.mean or encoder.mean
         args.std = args.std or encoder.std

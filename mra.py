@@ -16,16 +16,16 @@ then cannot rely on details of the background.
 
     python mra.py                             # scenes: what MRA does to images, and does the class stay?
     python mra.py --augment mra --baseline    # a classifier trained with MRA, and one without
-    python mra.py --data fashion-mnist --labels 50 --augment mra+cutmix
+    python mra.py --data fashion-mnist --labels 50 --augment mra cutmix      # both, one after the other
     python mra.py --labels 1000 --imbalance 100 --augment mra    # a long tail
     python mra.py --task semi                 # few labels, many images; also --task fewshot, occlusion
     torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
 Measured with an earlier draft, seed 0, one thread, the augmentor trained apart: a classifier trained
-without MRA has an accuracy of 0.944 and is sure of the true class to 0.901. When 40 % of its images are
-painted, it has 0.739 and 0.646 (low), 0.708 and 0.633 (random), 0.716 and 0.634 (high). These lie close
-together because of detail 7: this augmentor's attention does not find the objects. low leaves 0.56 of them
-visible, random 0.59, high 0.61.
+without MRA has an accuracy of 0.944 and gives the true class a probability of 0.901. With 40 % of every
+image painted, it has 0.739 and 0.646 (low), 0.708 and 0.633 (random), 0.716 and 0.634 (high). These lie
+close together because of detail 7: this augmentor's attention does not find the objects. low leaves 0.56 of
+them visible, random 0.59, high 0.61.
 
 Details that matter
  1. The augmentor predicts pixels as they are, not normalised: its output is an image [not in the paper].
@@ -33,7 +33,7 @@ Details that matter
     heads. The encoder then runs again on the visible patches alone, so that the decoder cannot copy what is
     hidden.
  3. Visible patches keep their pixels. The loss was on hidden ones only, so the decoder's output for visible
-    ones was never trained; --whole shows it [not in the paper].
+    ones was never trained: see "reconstruction" in OUT/augmentation.png.
  4. Predictions can leave the range of pixels and are clipped to 0 … 255.
  5. MRA works after crop and flip, on whole batches on the device, without gradients.
  6. The augmentor is trained on the crops that it will paint: the same --crop [not in the paper].
@@ -49,10 +49,10 @@ import argparse
 import copy
 import os
 
-from common import (  # before torch: it sets how threads wait
+from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, labels_of, learning_rate,
-    load_decoder, load_encoder, number, parse_args, patchify, prepare_data, read_checkpoint, save_image_rows,
-    shared_options, spread, to_pixels, training_plan, unpatchify)
+    load_decoder, load_encoder, number, parse_args, patchify, prepare_data, read_checkpoint,
+    save_image_rows, shared_options, spread, to_pixels, training_plan, unpatchify)
 
 import torch
 import torch.nn.functional as F
@@ -74,10 +74,7 @@ STRATEGIES = {
 
 def hide(noise, visible):
     """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image the `visible`
-    patches with the lowest noise are kept. mask is 1 where a patch is hidden. Raises UserError if none
-    would be visible, or none hidden."""
-    if not 0 < visible < noise.shape[1]:
-        raise UserError(f"{visible} of {noise.shape[1]} patches visible: the ratio has to leave some")
+    patches with the lowest noise are kept. mask is 1 where a patch is hidden."""
     # Sorting shuffles the patches: visible ones first. Sorting the shuffle gives the way back: ids_restore[i]
     # says where in the shuffled order patch i is. Without it predictions could not be put in their places.
     ids_shuffle = noise.argsort(dim=1)
@@ -98,8 +95,7 @@ class Autoencoder(nn.Module):
 
     def forward(self, images, noise=None, mask_ratio=0.75):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
-        hidden. noise (B, N): hide the patches where it is highest, instead of random ones. Raises UserError
-        if nothing or all would be hidden."""
+        hidden. noise (B, N): hide the patches where it is highest, instead of random ones."""
         # As in mae.py: embed all patches, drop the hidden ones, encode the rest, predict every patch.
         tokens = self.encoder.embed(images)                           # (B, N, D)
         if noise is None:
@@ -110,8 +106,8 @@ class Autoencoder(nn.Module):
         prediction = self.decoder(latent, ids_restore)                # (B, N, P·P·C)
 
         # The squared error of the pixels themselves (detail 1), over hidden patches only.
-        target = patchify(images, self.encoder.patch_size).float()    # (B, N, P·P·C)
-        error = (prediction.float() - target).square().mean(dim=-1)   # (B, N)
+        target = patchify(images, self.encoder.patch_size)            # (B, N, P·P·C)
+        error = (prediction - target).square().mean(-1)               # (B, N)
         return (error * mask).sum() / mask.sum(), prediction, mask
 
 
@@ -120,64 +116,61 @@ class MRA(nn.Module):
     frozen, and no gradient passes through it.
 
     mask_strategy: which patches are hidden; mask_ratio: which part of them; apply: the probability that
-    an image is augmented at all; whole: take visible patches from the decoder, too. mean, std (C,): how
-    incoming images are normalised, in pixel values 0 … 255. [0, 0, 0] and [255, 255, 255] mean images of
-    0 … 1; left out: as the augmentor's own. Raises UserError for images of another size than the
-    augmentor's.
+    an image is augmented at all. mean, std (C,): how incoming images are normalised, in pixel values 0 …
+    255. [0, 0, 0] and [255, 255, 255] mean images of 0 … 1; left out: as the augmentor's own. Raises
+    UserError for images of another size than the augmentor's.
     """
 
-    def __init__(self, encoder, decoder, mask_strategy="low", mask_ratio=0.4, apply=1.0, whole=False,
-                 mean=None, std=None):
+    def __init__(self, encoder, decoder, mask_strategy="low", mask_ratio=0.4, apply=1.0, mean=None,
+                 std=None):
         super().__init__()
         self.autoencoder = Autoencoder(encoder, decoder).eval().requires_grad_(False)
         self.mask_strategy = mask_strategy
         self.mask_ratio = mask_ratio
         self.probability = apply
-        self.whole = whole
 
         # The augmentor's own normalisation is that of its training. MAE's release does not say: ImageNet's.
         own_mean = encoder.mean or [123.675, 116.28, 103.53]
         own_std = encoder.std or [58.395, 57.12, 57.375]
-        numbers = dict(mean=mean or own_mean, std=std or own_std, own_mean=own_mean, own_std=own_std)
-        for name, values in numbers.items():
-            self.register_buffer(name, torch.tensor(values).float()[:, None, None], persistent=False)
+        numbers = torch.tensor([mean or own_mean, std or own_std, own_mean, own_std])  # (4, C)
+        self.register_buffer("normalisation", numbers[..., None, None], persistent=False)
 
     @classmethod
     def load(cls, path, img_size=None, **options):
         """→ an MRA from a checkpoint of this script, of mae.py --no-norm-pixels, or of MAE's release. For
         another img_size positions are resized. Raises UserError for a file whose predictions make no
         image."""
-        saved = read_checkpoint(path).get("args", {})
-        saved = saved if isinstance(saved, dict) else vars(saved)
-        if saved.get("norm_pixels") or saved.get("norm_pix_loss"):
+        encoder = load_encoder(path, img_size=img_size)
+        if encoder.norm_pixels:
             raise UserError(f"{path} predicts normalised pixels, no image: use mae.py --no-norm-pixels")
-        encoder = load_encoder(path, **({"img_size": img_size} if img_size else {}))
         return cls(encoder, load_decoder(path, encoder), **options)
 
     def renormalise(self, images):
         """Images as they come in → as the augmentor knows them."""
-        return (images * self.std + self.mean - self.own_mean) / self.own_std
+        mean, std, own_mean, own_std = self.normalisation             # (C, 1, 1) each
+        return (images * std + mean - own_mean) / own_std
 
     def attention(self, images):
         """images (B, C, H, W) → (B, N): how much the class token attends to each patch (detail 2)."""
         encoder = self.autoencoder.encoder
-        size = (encoder.in_chans, *encoder.img_size)
-        if images.shape[1:] != size:
-            raise UserError(f"the augmentor is for images of {size}, not {tuple(images.shape[1:])}")
-        return encoder.attention_map(self.renormalise(images)).float().mean(1)
+        if images.shape[2:] != encoder.img_size:
+            raise UserError(
+                f"the augmentor is for images of {encoder.img_size}, not {tuple(images.shape[2:])}")
+        return encoder.attention_map(self.renormalise(images)).mean(1)
 
     def per_pixel(self, values):
         """(B, N), one value a patch → (B, 1, H, W), one a pixel."""
         encoder = self.autoencoder.encoder
-        return F.interpolate(values.float().unflatten(1, (1, *encoder.grid)), encoder.img_size)
+        return F.interpolate(values.unflatten(1, (1, *encoder.grid)), encoder.img_size)
 
     def paint(self, images, noise, mask_ratio):
         """images (B, C, H, W), noise (B, N), the highest of which are hidden → what the decoder makes of the
         images, (B, C, H, W), and where it could not see them, bool (B, 1, H, W)."""
         _, prediction, mask = self.autoencoder(self.renormalise(images), noise, mask_ratio)
-        painted = unpatchify(prediction.float(), self.autoencoder.encoder.patch_size, images.shape[2:])
-        pixels = (painted * self.own_std + self.own_mean).clamp(0, 255)  # detail 4
-        return ((pixels - self.mean) / self.std).to(images.dtype), self.per_pixel(mask) > 0
+        painted = unpatchify(prediction, self.autoencoder.encoder.patch_size, images.shape[2:])
+        mean, std, own_mean, own_std = self.normalisation
+        pixels = (painted * own_std + own_mean).clamp(0, 255)         # detail 4
+        return ((pixels - mean) / std).to(images.dtype), self.per_pixel(mask) > 0
 
     @torch.no_grad()
     def forward(self, images):
@@ -186,17 +179,18 @@ class MRA(nn.Module):
         noise = STRATEGIES[self.mask_strategy](self.attention(images))  # (B, N)
         painted, hidden = self.paint(images, noise, self.mask_ratio)  # (B, C, H, W), (B, 1, H, W)
 
-        # Use the painting where patches were hidden (detail 3), in as many images as `apply` says.
-        chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < self.probability
-        return torch.where(chosen & (hidden | self.whole), painted, images)
+        # Take the painted pixels where patches were hidden (detail 3), in the part of the images that `apply`
+        # says: one random number an image decides.
+        chosen = torch.rand_like(images[:, :1, :1, :1]) < self.probability
+        return torch.where(chosen & hidden, painted, images)
 
     def drop(self, images):
         """images (B, C, H, W) → the same with a part of their patches in the mean colour, for --task
         occlusion."""
         noise = STRATEGIES[self.mask_strategy](self.attention(images))  # (B, N)
-        rank = noise.argsort(descending=True).argsort()               # 0: the first patch to go
-        dropped = rank < round(self.mask_ratio * noise.shape[1])
-        return torch.where(self.per_pixel(dropped) > 0, 0.0, images)
+        dropped = round(self.mask_ratio * noise.shape[1])
+        _, _, mask = hide(noise, noise.shape[1] - dropped)
+        return torch.where(self.per_pixel(mask) > 0, 0.0, images)
 
 
 def new_classifier(args):
@@ -214,54 +208,59 @@ def new_classifier(args):
     return nn.Sequential(*layers)
 
 
+# ----------------------------------------------------------------------------------------- one training step
+
+def train_step(run, model, optimizer, loader, loss_of):
+    """What the augmentor's and the classifiers' training loops do in each step: --batch images from the
+    loader, one update of the weights. loss_of(images (b, C, H, W), labels (b,)) → loss ()."""
+    # Up in a straight line for --warmup epochs, then down half a cosine to zero.
+    peak = run.args.lr * run.args.batch / 256
+    lr = learning_rate(run.step, peak, run.warmup_steps, run.total_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    # A process takes its part of the batch in micro-batches, and the gradients add up.
+    for i in range(run.accumulate):
+        images, labels, _ = next(loader)                              # cropped, flipped, normalised
+        model.require_backward_grad_sync = i == run.accumulate - 1    # DDP averages gradients once a step
+        with run.autocast:
+            loss = loss_of(images, labels)
+        run.scaler.scale(loss / run.accumulate).backward()
+        run.log(loss=loss)
+
+    # Without fp16 the scaler does nothing, and this is an ordinary optimizer step.
+    run.scaler.step(optimizer)
+    run.scaler.update()
+    optimizer.zero_grad()
+    run.log(lr=lr)
+
+
 # ----------------------------------------------------------------------------------- training the augmentor
 
 def pretrain(args, train=None, val=None):
     """--task augmentor: trains the masked autoencoder, without labels, and draws what it does to images.
-    args: from `parse_args`. train, val: datasets of your own, instead of --data. All tasks take the same
+    args: as `main` makes them. train, val: datasets of your own, instead of --data. All tasks take the same
     arguments."""
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
     size = VITS[args.model] | dict(patch_size=args.patch)
     encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
-    decoder = Decoder(encoder, **args.decoder)
-    args.vit = encoder.config
+    # Half as wide as the encoder, and of two blocks [not in the paper].
+    decoder = Decoder(encoder, encoder.embed_dim // 2, 2, encoder.num_heads)
+    args.vit, args.decoder = encoder.config, decoder.config
     model = Autoencoder(encoder, decoder)
     wrapped = run.wrap(model)                                         # on the device; compiled; DDP
-    groups = decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     ids = spread(len(train), args.limit)
     run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)  # detail 6
-    for step in run.steps():
-        peak = args.lr * args.batch / 256
-        lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        for i in range(run.accumulate):
-            images, _, _ = next(loader)                               # (b, C, H, W), cropped and flipped
-            wrapped.require_backward_grad_sync = i == run.accumulate - 1  # DDP averages gradients once a step
-            with run.autocast:
-                loss, _, _ = wrapped(images)                          # random masks, 75 % hidden, as MAE
-            run.scaler.scale(loss / run.accumulate).backward()
-            run.log(loss=loss)
-
-        run.scaler.step(optimizer)
-        run.scaler.update()
-        optimizer.zero_grad()
-        run.log(lr=lr)
-
+    for _ in run.steps():
+        # As MAE does, the autoencoder hides 75 % of the patches at random. Its loss comes first of three.
+        train_step(run, wrapped, optimizer, loader, lambda images, labels: wrapped(images)[0])
     if run.rank == 0:
-        draw(load_augmentor(args, f"{args.out}/last.pt").to(run.device), val or train, run)
-
-
-def load_augmentor(args, path):
-    """→ the MRA of a checkpoint, with the options in args."""
-    names = ("mask_strategy", "mask_ratio", "apply", "whole", "mean", "std")
-    return MRA.load(path, args.size, **{name: getattr(args, name) for name in names})
+        draw(MRA.load(f"{args.out}/last.pt").to(run.device), val or train, run)
 
 
 @torch.no_grad()
@@ -277,30 +276,28 @@ def draw(mra, dataset, run):
     cases = [(name, args.mask_ratio) for name in noises]
     cases += [("low", 0.2), ("low", 0.6), ("low", 0.8)]
 
-    brightness = mra.per_pixel(attention / attention.amax(1, keepdim=True)).expand_as(images)
-    rows = {
-        "image": to_pixels(images[:10], args),
-        "attention": (255 * brightness[:10]).byte().cpu(),
-    }
-    kept = {}
+    rows, kept = {}, {}
+
+    def show(title, view):
+        rows[title] = to_pixels(view[:10], args)
+
+    show("image", images)
+    visibility = mra.per_pixel(attention / attention.amax(1, keepdim=True))
+    show("attention: the image fades where it is low", images * visibility)
     for name, ratio in cases:
+        case = f"{name}, {ratio:.0%}"
         painted, hidden = mra.paint(images, noises[name], ratio)
-        views = {
-            "hidden": torch.where(hidden, 0.0, images),
-            "reconstruction": painted,
-            "augmented": torch.where(hidden, painted, images),
-        }
-        for title, view in views.items():
-            rows[f"{name}, {ratio:.0%}: {title}"] = to_pixels(view[:10], args)
+        show(f"{case}: hidden", torch.where(hidden, 0.0, images))
+        show(f"{case}: reconstruction", painted)
+        show(f"{case}: augmented", torch.where(hidden, painted, images))
         if masks is not None:
-            kept[f"{name}, {ratio:.0%}"] = 1 - hidden[:, 0][masks].float().mean().item()
+            kept[case] = 1 - hidden[:, 0][masks].float().mean().item()
+            run.print(f"{case} hidden: {kept[case]:.2f} of the objects stays visible")
     save_image_rows(f"{args.out}/augmentation.png", rows)
     run.print(f"images: {args.out}/augmentation.png")
     if kept:
         run.write_log(step=run.step, object_kept=kept)
         low, random, _, mean_map, *_ = kept.values()
-        text = "; ".join(f"{name}: {part:.2f}" for name, part in kept.items())
-        run.print(f"part of the objects that stays when patches are hidden: {text}")
         if low < 0.02 + max(random, mean_map):
             run.print("attention finds the objects no better than chance, so MRA hides them, too: train the "
                       "augmentor longer, or with another --seed")
@@ -325,27 +322,28 @@ def make_augmentor(args, run, train, val):
         run.print(f"the augmentor comes first, in {args.out}/augmentor")
         run_first(pretrain, args, "augmentor", train, val, **args.light)
         args.augmentor = f"{args.out}/augmentor/last.pt"
-    return run.wrap(load_augmentor(args, args.augmentor))
+    mra = MRA.load(
+        args.augmentor,
+        args.size,
+        mask_strategy=args.mask_strategy,
+        mask_ratio=args.mask_ratio,
+        apply=args.apply,
+        mean=args.mean,
+        std=args.std,
+    )
+    return run.wrap(mra)
 
 
 # ------------------------------------------------------------------------------------ training a classifier
 
-def long_tail(count, k, classes, imbalance):
-    """→ how many of `count` images class k of `classes` keeps: the part imbalance^(−k/(classes−1)), so
-    that the first class has `imbalance` times the images of the last, as usual in papers on long tails;
-    at least one."""
-    part = imbalance ** (-k / max(1, classes - 1))
-    return max(1, int(count * part + 1e-9))                           # 1e-9: 100 · 0.1 must not become 9
-
-
-def labelled_ids(dataset, limit=None, labels=None, classes=None, imbalance=1.0):
-    """→ numbers (m,) of the labelled ones of `limit` images; of each class exactly `labels`, or a long
-    tail; of the first `classes` alone; torch's seed decides which. Raises UserError if there are too few."""
+def labelled_ids(dataset, classes, limit=None, labels=None, imbalance=1):
+    """→ numbers (m,) of images, in random order, class after class: of each of the first so many classes all
+    that are among `limit` ones, or exactly `labels` of these, or a long tail. Raises UserError if there are
+    too few, or no labels."""
     if dataset is None or labels_of(dataset).max() < 1:
         raise UserError("this needs folders train/CLASS and val/CLASS, or a torchvision name; "
                         "without labels there is --task augmentor")
     targets = labels_of(dataset)
-    classes = classes or int(targets.max()) + 1
     candidates = spread(len(targets), limit)
     candidates = candidates[torch.randperm(len(candidates))]
     ids = []
@@ -353,7 +351,11 @@ def labelled_ids(dataset, limit=None, labels=None, classes=None, imbalance=1.0):
         members = candidates[targets[candidates] == k][:labels]
         if labels and len(members) < labels:
             raise UserError(f"--labels {labels}: class number {k} has {len(members)} images")
-        ids.append(members[:long_tail(len(members), k, classes, imbalance)])
+        # A long tail, as most papers cut it: class k keeps the part imbalance^(−k/(classes−1)) of its images,
+        # at least one. So the first class has `imbalance` times as many as the last. The 1e-9 is for
+        # rounding: a part that is 9.999… by rounding errors must become 10.
+        part = imbalance ** (-k / max(1, classes - 1))
+        ids.append(members[:max(1, int(len(members) * part + 1e-9))])
     return torch.cat(ids)
 
 
@@ -361,37 +363,33 @@ def by_size(accuracy, counts):
     """Accuracy and number of training images of each class (K,) → mean accuracy of the classes with many
     images (over 100), medium, and few (under 20), as papers on long tails report it."""
     groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
-    found = {}
-    for name, group in groups.items():
-        if group.any():
-            found[f"{name}_shot"] = accuracy[group].mean().item()
-    return found
-
-
-def augmentation(args, mra):
-    """→ augment(images (b, C, H, W), labels (b,)) → images, labels: what --augment names, on the device.
-    Mixed labels are (b, K). Cutout is a square of half a side, mixup's alpha is 0.2 [not in the
-    paper]."""
-    mixes = {
-        "cutmix": v2.CutMix(num_classes=args.num_classes),
-        "mixup": v2.MixUp(alpha=0.2, num_classes=args.num_classes),
+    return {
+        f"{name}_shot": accuracy[group].mean().item()
+        for name, group in groups.items()
+        if group.any()
     }
-    mixes = [mix for name, mix in mixes.items() if name in args.augment]
-    cutout = v2.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
-
-    def augment(images, labels=None):
-        if "mra" in args.augment:
-            images = mra(images)                                      # detail 5
-        if "cutout" in args.augment:
-            images = torch.stack([cutout(image) for image in images])
-        if mixes and labels is not None:                              # FixMatch's views are not mixed
-            images, labels = v2.RandomChoice(mixes)(images, labels)
-        return images, labels
-
-    return augment
 
 
-def fixmatch_loss(weak, strong, threshold=0.95):
+def augment(args, mra, images, labels=None):
+    """images (b, C, H, W), labels (b,) → both after what --augment names, all but RandAugment, which has to
+    come before images are normalised. Mixed labels are (b, K); without labels nothing is mixed. Cutout is a
+    square of half a side, mixup's alpha is 0.2 [not in the paper]."""
+    mixes = []
+    if "mra" in args.augment:
+        images = mra(images)                                          # detail 5
+    if "cutout" in args.augment:
+        cutout = v2.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
+        images = torch.stack([cutout(image) for image in images])
+    if "cutmix" in args.augment:
+        mixes.append(v2.CutMix(num_classes=args.num_classes))
+    if "mixup" in args.augment:
+        mixes.append(v2.MixUp(alpha=0.2, num_classes=args.num_classes))
+    if mixes and labels is not None:                                  # FixMatch's views are not mixed
+        images, labels = v2.RandomChoice(mixes)(images, labels)
+    return images, labels
+
+
+def fixmatch_loss(weak, strong, threshold):
     """Scores of two views (B, K) → loss (), part of the images that count (). Where the classifier is
     sure of the weak view, the class it finds there is the target for the strong view (FixMatch,
     2001.07685, equation 4)."""
@@ -413,10 +411,10 @@ def update_average(average, model, ema):
 def classify(args, train=None, val=None):
     """Trains a classifier → its accuracy, on all validation images or in episodes.
 
-    --task supervised: on augmented images, all labelled ones, --labels of each class, or a long tail
-    (--imbalance). --task semi: FixMatch, on --labels images of each class with labels, and on all
-    without. --task fewshot: as supervised, but without the last --held-out classes, which are then
-    recognised from --shots images each.
+    --task supervised: on augmented images, all that have labels, --labels of each class, or a long tail
+    (--imbalance). --task semi: FixMatch, which learns from --labels images of each class, and from all
+    images without their labels. --task fewshot: as supervised, but without the last --held-out classes,
+    which are then recognised from --shots images each.
     """
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
@@ -424,12 +422,11 @@ def classify(args, train=None, val=None):
     if args.task == "fewshot":
         classes -= args.held_out or classes // 2
     torch.manual_seed(args.seed)
-    ids = labelled_ids(train, args.limit, args.labels, classes, args.imbalance)
-    val_ids = labelled_ids(val, args.limit, classes=classes)
+    ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
+    val_ids = labelled_ids(val, classes, args.limit)
     mra = None
     if "mra" in args.augment or args.data is None:                    # scenes: judged in any case
         mra = make_augmentor(args, run, train, val)
-    augment = augmentation(args, mra)
     rand_augment = None
     if "randaugment" in args.augment:
         rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11)
@@ -443,48 +440,34 @@ def classify(args, train=None, val=None):
 
     # A step sees --batch labelled images. FixMatch adds --unlabelled times as many without labels, in two
     # views. The strong view has another seed, so it is another crop (detail 8).
-    everything = spread(len(train), args.limit)
-    count = len(everything) // args.unlabelled if semi else len(ids)
+    all_ids = spread(len(train), args.limit)
+    count = len(all_ids) // args.unlabelled if semi else len(ids)
     run.start(count, classifier=average, model=model, optimizer=optimizer, scaler=run.scaler)
-    weak_augment = None if semi else rand_augment
-    loader = batches(train, training_plan(ids, run), run, train=True, augment=weak_augment)
-    weak_plan = training_plan(everything, run, args.unlabelled)
-    strong_plan = training_plan(everything, run, args.unlabelled)
-    strong_plan = ((part, seed + 1) for part, seed in strong_plan)
-    weak_loader = batches(train, weak_plan, run, train=True)
+    loader = batches(train, training_plan(ids, run), run, train=True, augment=None if semi else rand_augment)
+    strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, args.unlabelled))
+    weak_loader = batches(train, training_plan(all_ids, run, args.unlabelled), run, train=True)
     strong_loader = batches(train, strong_plan, run, train=True, augment=rand_augment)
+
+    def loss_of(images, labels):
+        if not semi:
+            images, labels = augment(args, mra, images, labels)       # MRA leaves the labels as they are
+            return F.cross_entropy(wrapped(images), labels)
+
+        # FixMatch. The labelled images are not augmented; the strong views are. One forward pass for all
+        # three, so that batch norm sees them together.
+        weak, _, _ = next(weak_loader)                                # (u·b, C, H, W)
+        strong, _, _ = next(strong_loader)
+        strong, _ = augment(args, mra, strong)
+        scores = wrapped(torch.cat([images, weak, strong]))
+        weak, strong = scores[len(images):].chunk(2)
+        unlabelled_loss, sure = fixmatch_loss(weak, strong, args.threshold)
+        run.log(unlabelled_loss=unlabelled_loss, sure=sure)
+        return F.cross_entropy(scores[:len(images)], labels) + unlabelled_loss
+
     for step in run.steps():
-        peak = args.lr * args.batch / 256
-        lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        for i in range(run.accumulate):
-            images, labels, _ = next(loader)                          # (b, C, H, W), (b,)
-            wrapped.require_backward_grad_sync = i == run.accumulate - 1
-            with run.autocast:
-                if semi:
-                    weak, _, _ = next(weak_loader)                    # (u·b, C, H, W)
-                    strong, _, _ = next(strong_loader)
-                    strong, _ = augment(strong)
-                    # One forward pass for all three, so that batch norm sees them together.
-                    scores = wrapped(torch.cat([images, weak, strong]))
-                    scores, weak, strong = scores.split([len(images), len(weak), len(strong)])
-                    unlabelled_loss, sure = fixmatch_loss(weak, strong, args.threshold)
-                    loss = F.cross_entropy(scores, labels) + unlabelled_loss
-                    run.log(unlabelled_loss=unlabelled_loss, sure=sure)
-                else:
-                    images, labels = augment(images, labels)          # MRA leaves the labels as they are
-                    loss = F.cross_entropy(wrapped(images), labels)
-            run.scaler.scale(loss / run.accumulate).backward()
-            run.log(loss=loss)
-
-        run.scaler.step(optimizer)
-        run.scaler.update()
-        optimizer.zero_grad()
+        train_step(run, wrapped, optimizer, loader, loss_of)
         if semi:
             update_average(average, model, args.ema)
-        run.log(lr=lr)
         if run.ends_epoch(step, cost=len(val_ids)):
             top1, _, _ = evaluate(average, val, val_ids, run)
             model.train()
@@ -492,21 +475,28 @@ def classify(args, train=None, val=None):
 
     if args.task == "fewshot":
         result = evaluate_episodes(average, mra, val, classes, run)
+        classes = args.ways                                           # among so many an episode chooses
     else:
         top1, confidence, per_class = evaluate(average, val, val_ids, run)
         result = dict(top1=top1, confidence=confidence)
         if args.imbalance > 1:
-            counts = torch.bincount(labels_of(train)[ids], minlength=classes)
-            result |= by_size(per_class, counts)
+            result |= by_size(per_class, labels_of(train)[ids].bincount(minlength=classes))
         if mra is not None:
-            result |= evaluate_painted(average, mra, val, val_ids, run)
+            # Does MRA keep the class of an image? Then a classifier that never saw a painted one stays sure.
+            if run.rank == 0:
+                draw(mra, val, run)
+            mra.probability = 1.0
+            for mra.mask_strategy in STRATEGIES:
+                top1, confidence, _ = evaluate(average, val, val_ids, run, mra.forward)
+                result[f"top1_painted_{mra.mask_strategy}"] = top1
+                result[f"confidence_painted_{mra.mask_strategy}"] = confidence
     if args.baseline and "mra" in args.augment:
         # FixMatch needs a strong view: without MRA it is RandAugment's, as in the original.
-        rest = [name for name in args.augment if name != "mra"]
-        rest = rest or ["randaugment" if semi else "none"]
+        rest = [name for name in args.augment if name != "mra"] or ["randaugment" if semi else "none"]
         result["top1_without_mra"] = run_first(classify, args, "baseline", train, val, augment=rest)
-    run.print(f"{args.task}, --augment {'+'.join(args.augment)}, classes: {args.num_classes}")
-    run.print("    " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    text = ", ".join(f"{name} {value:.3f}" for name, value in result.items())
+    run.print(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:"
+              f"\n    {text}")
     run.write_log(step=run.step, task=args.task, **result)
     return result["top1"]
 
@@ -522,7 +512,7 @@ def evaluate(model, dataset, ids, run, change=lambda images: images):
     plan = [(part, 0) for part in ids[run.rank::run.world].split(250)]
     for images, labels, _ in batches(dataset, plan, run):
         with run.autocast:
-            probability = model(change(images)).float().softmax(1)    # (b, K)
+            probability = model(change(images)).softmax(1)            # (b, K)
         correct = probability.argmax(1) == labels
         confidence = probability.gather(1, labels[:, None])[:, 0]
         facts = torch.stack([correct, confidence, torch.ones_like(confidence)])
@@ -533,22 +523,7 @@ def evaluate(model, dataset, ids, run, change=lambda images: images):
     return top1, confidence, (totals[0] / totals[2].clamp(1)).cpu()
 
 
-def evaluate_painted(model, mra, dataset, ids, run):
-    """→ accuracy and confidence on images painted with each strategy. Where MRA keeps the class of an
-    image, a classifier that never saw a painted one stays sure of it. Also writes
-    OUT/augmentation.png."""
-    if run.rank == 0:
-        draw(mra, dataset, run)
-    result = {}
-    mra.probability = 1.0
-    for mra.mask_strategy in STRATEGIES:
-        top1, confidence, _ = evaluate(model, dataset, ids, run, mra.forward)
-        result[f"top1_painted_{mra.mask_strategy}"] = top1
-        result[f"confidence_painted_{mra.mask_strategy}"] = confidence
-    return result
-
-
-def episodes(labels, ways, shots, queries, count):
+def episodes(labels, ways, shots, queries, count=600):
     """labels (M,) → support (E, ways, shots) and query (E, ways, queries): image numbers of `count` small
     tasks, in each of which no image comes twice. Raises UserError if there are too few classes or
     images."""
@@ -567,15 +542,16 @@ def episodes(labels, ways, shots, queries, count):
 def nearest_centroid(support, query):
     """support (E, ways, shots, D), query (E, ways, queries, D), features of length 1 → accuracy (E,): a
     query belongs to the class whose mean feature is nearest."""
-    distance = torch.cdist(query.flatten(1, 2), support.mean(2))      # (E, ways · queries, ways)
-    truth = torch.arange(query.shape[1]).repeat_interleave(query.shape[2])
-    return (distance.argmin(-1) == truth).float().mean(1)
+    distance = torch.cdist(query, support.mean(2)[:, None])           # (E, ways, queries, ways)
+    truth = torch.arange(query.shape[1])[:, None]                     # (ways, 1)
+    return (distance.argmin(-1) == truth).float().mean((1, 2))
 
 
 @torch.no_grad()
 def evaluate_episodes(model, mra, dataset, first, run):
-    """→ mean accuracy of --episodes and half its 95 % interval, for each of --shots; top1 is that of the
-    last. Their classes are those from `first` on, which the classifier was not trained on."""
+    """→ mean accuracy of 600 episodes and half its 95 % interval, for each of --shots; top1 is the accuracy
+    with the last of these. The classes are those from `first` on, which the classifier was not trained
+    on."""
     args = run.args
 
     # Features are what the last linear layer receives.
@@ -585,25 +561,25 @@ def evaluate_episodes(model, mra, dataset, first, run):
     ids = (labels >= first).nonzero()[:, 0]
     labels = labels[ids]
 
-    def features(change):
-        plan = [(part, args.seed) for part in ids.split(250)]
-        found = []
-        for images, _, _ in batches(dataset, plan, run):
-            found.append(F.normalize(model(change(images))).cpu())
-        return torch.cat(found)
-
     # With MRA every support image is joined by its augmented version. How many of these the paper takes
     # is not known [not in the paper].
-    plain = features(nn.Identity())                                   # (M, D)
-    augmented = features(mra.forward) if "mra" in args.augment else plain
+    plan = [(part, args.seed) for part in ids.split(250)]
+    features = []
+    for images, _, _ in batches(dataset, plan, run):
+        views = [images]
+        if "mra" in args.augment:
+            views.append(mra.forward(images))
+        features.append(torch.stack([F.normalize(model(view)).cpu() for view in views], 1))
+    features = torch.cat(features)                                    # (M, 1 or 2 views, D)
+
     result = {}
     for shots in args.shots:
         torch.manual_seed(args.seed)                                  # the same episodes for all classifiers
-        support, query = episodes(labels, args.ways, shots, args.queries, args.episodes)
-        both = torch.cat([plain[support], augmented[support]], dim=2)  # (E, ways, 2 · shots, D)
-        accuracy = nearest_centroid(both, plain[query])               # (E,)
+        support, query = episodes(labels, args.ways, shots, args.queries)
+        views = features[support].flatten(2, 3)                       # (E, ways, shots · views, D)
+        accuracy = nearest_centroid(views, features[query, 0])        # (E,)
         result["top1"] = result[f"shots_{shots}"] = accuracy.mean().item()
-        result[f"interval_{shots}"] = 1.96 * accuracy.std().item() / args.episodes ** 0.5
+        result[f"interval_{shots}"] = 1.96 * accuracy.std().item() / len(accuracy) ** 0.5
     return result
 
 
@@ -615,7 +591,6 @@ def occlusion(args, train=None, val=None):
         raise UserError("--task occlusion needs --compare: the last.pt of classifiers")
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
-    val_ids = labelled_ids(val, args.limit)
     run.start()
     for path in args.compare:
         saved = read_checkpoint(path)
@@ -623,6 +598,8 @@ def occlusion(args, train=None, val=None):
             raise UserError(f"{path} holds no classifier: name the last.pt of --task supervised or semi")
         for name in ("classifier", "num_classes", "mean", "std"):
             setattr(args, name, saved["args"][name])
+        torch.manual_seed(args.seed)                                  # the same images for all classifiers
+        val_ids = labelled_ids(val, args.num_classes, args.limit)
         model = new_classifier(args).to(run.device)
         model.load_state_dict(saved["classifier"])
         mra = make_augmentor(args, run, train, val)
@@ -646,22 +623,22 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data and task; later rows go before earlier ones. The classifier of "imagenet" is
-# the paper's [from memory], all else is [not in the paper]. `updates` is a number of steps.
+# Defaults by kind of data and task. A row with a task overrides the one without; small data take the rows of
+# scenes, then their own. The classifier of "imagenet" is the paper's [from memory], all else is [not in the
+# paper]. `updates` is a number of steps, `ema` the part of FixMatch's averaged weights that a step keeps.
 PRESETS = {
     "scenes": dict(
-        model="nano", decoder=dict(embed_dim=64, depth=2, num_heads=4), crop=0.5,
-        classifier="conv4", updates=600, batch=50, lr=0.5,
-        weight_decay=1e-4, ema=0.99),
+        model="nano", crop=0.5,
+        classifier="conv4", updates=600, batch=50, lr=0.5, weight_decay=1e-4,
+        ema=0.99),
     "scenes augmentor": dict(updates=1875, batch=32, lr=1.6e-2, weight_decay=0.05),
     "scenes supervised": dict(labels=50, augment=["none"]),
     "small supervised": dict(labels=None, augment=["mra"], updates=2000),
     "scenes semi": dict(labels=25, updates=700, batch=16, weight_decay=5e-4),
     "imagenet": dict(
-        model="light", decoder=dict(embed_dim=192, depth=2, num_heads=3), crop=0.08,
-        size=[224], patch=16,
-        classifier="resnet50", epochs=100, batch=256, lr=0.1, warmup=5.0,
-        weight_decay=1e-4, ema=0.999),
+        model="light", crop=0.08, size=[224],
+        classifier="resnet50", epochs=100, batch=256, lr=0.1, weight_decay=1e-4, warmup=5.0,
+        ema=0.999),
     "imagenet augmentor": dict(
         epochs=200, batch=4096, lr=1.5e-4, warmup=40.0, weight_decay=0.05),
     "imagenet semi": dict(
@@ -670,58 +647,45 @@ PRESETS = {
 
 
 def preset(args, kind):
-    """→ the defaults for a kind of data and the task in args. `light` holds those of the augmentor."""
+    """→ the defaults for a kind of data and the task in args. `light` holds those of the augmentor that
+    has to be trained first: options for the classifier's training do not count for it."""
     base = kind.replace("small", "scenes")
-    values = dict(PRESETS[base])
-    for row in (base, kind):
-        values |= PRESETS.get(f"{row} {args.task}", {})
+    values = {}
+    for row in (base, f"{base} {args.task}", f"{kind} {args.task}"):
+        values |= PRESETS.get(row, {})
     light = dict(epochs=None, warmup=None, micro_batch=None)
     return values | dict(light=light | PRESETS[f"{base} augmentor"])
-
-
-def augmentations(text):
-    """The argparse type of --augment: "mra+cutmix" → ["mra", "cutmix"]."""
-    names = text.split("+")
-    if not {"none", "mra", "cutout", "cutmix", "mixup", "randaugment"}.issuperset(names):
-        raise argparse.ArgumentTypeError("none, or some of mra, cutout, cutmix, mixup, randaugment, with +")
-    return names
 
 
 def options():
     """→ mra.py's parser."""
     parser = shared_options("Augments images with a masked autoencoder, and trains classifiers on them.")
     count, fraction = number(int, 1), number(float, 0, 1)
-    classifiers = ["conv4", *torchvision.models.list_models(module=torchvision.models)]
     add = parser.add_argument_group("mra").add_argument
     add("--task", choices=TASKS, default="supervised", help="what to do")
-    add("--mask-ratio", type=number(float, 0.01, 0.99), default=0.4,
+    add("--mask-ratio", type=fraction, default=0.4,
         help="part of the patches that is painted (paper: 0.4 [from memory])")
     add("--mask-strategy", choices=STRATEGIES, default="low",
         help="hide patches of low or high attention, or any (paper: low)")
     add("--apply", type=fraction, default=1.0, help="probability that an image is augmented")
-    add("--whole", action="store_true", help="take visible patches from the decoder, too")
     add("--augmentor", help="checkpoint of a masked autoencoder; left out: one is trained in OUT/augmentor")
-
-    add = parser.add_argument_group("classifier").add_argument
-    add("--augment", type=augmentations, default="mra",
-        help="none, mra, cutout, cutmix, mixup, randaugment, joined by + (scenes, supervised: none)")
+    add("--augment", nargs="+", choices=("none", "mra", "cutout", "cutmix", "mixup", "randaugment"),
+        default=["mra"], help="for training images, one or several (default for scenes: none)")
     add("--baseline", action="store_true", help="then do the same without MRA, in OUT/baseline")
-    add("--classifier", choices=classifiers, metavar="NAME",
-        help="conv4, or one of torchvision's (paper: resnet50)")
+    add("--classifier", choices=["conv4", *torchvision.models.list_models(module=torchvision.models)],
+        metavar="NAME", help="conv4, or one of torchvision's (paper: resnet50)")
     add("--labels", type=count, help="labelled images of each class")
-    add("--imbalance", type=number(float, 1), default=1.0,
+    add("--imbalance", type=count, default=1,
         help="long tail: images of the first class over those of the last")
     add("--unlabelled", type=count, default=7,
         help="semi: unlabelled images for each labelled one (FixMatch: 7)")
     add("--threshold", type=fraction, default=0.95,
         help="semi: how sure the classifier has to be (FixMatch: 0.95)")
-    add("--ema", type=fraction, help="semi: part of the averaged weights that a step keeps")
     add("--held-out", type=count, help="fewshot: classes that are not trained on; left out: half of them")
     add("--ways", type=count, default=5, help="fewshot: classes of an episode")
     add("--shots", type=count, nargs="+", default=[1, 5],
         help="fewshot: labelled images of each class")
     add("--queries", type=count, default=15, help="fewshot: test images of each class")
-    add("--episodes", type=count, default=600, help="fewshot: number of episodes")
     add("--compare", nargs="+", default=[], help="occlusion: last.pt of the classifiers")
     return parser
 
