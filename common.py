@@ -10,6 +10,7 @@ K classes, b images in a micro-batch.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import inspect
 import json
 import math
@@ -903,7 +904,7 @@ def file_batches(dataset, plan, run, transform):
         collate_fn=stack,
         num_workers=run.args.workers,
         worker_init_fn=ignore_signals,
-        pin_memory=run.device.type == "cuda",                         # copied to a GPU while it computes
+        pin_memory=run.device.type == "cuda",                         # so that a copy need not be waited for
     )
     for images, labels, seed in loader:
         torch.manual_seed(seed)
@@ -917,7 +918,9 @@ def memory_batches(dataset, plan, run, transform):
               if value is not None]
     for ids, seed in plan:
         torch.manual_seed(seed)
-        parts = [together(transform, *(value[part] for value in values)) for part in ids.split(8)]
+        ids = ids.to(run.device, non_blocking=True)
+        eights = zip(*(value[ids].split(8) for value in values))
+        parts = [together(transform, *eight) for eight in eights]
         yield [torch.cat(part) for part in zip(*parts) if part[0] is not None]
 
 
@@ -1069,7 +1072,9 @@ class Run:
             # Keep only a block's input; the backward pass computes the rest once more.
             if self.args.checkpoint_blocks and isinstance(module, Block):
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-        if self.args.compile or (self.args.compile is None and self.device.type == "cuda"):
+        # On Windows torch.compile is missing a part.
+        triton = self.device.type == "cuda" and importlib.util.find_spec("triton")
+        if self.args.compile or (self.args.compile is None and triton):
             self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
         if self.world > 1 and any(parameter.requires_grad for parameter in model.parameters()):
@@ -1092,7 +1097,8 @@ class Run:
         if args.resume:
             saved = read_checkpoint(f"{args.out}/last.pt")
             for name, part in parts.items():
-                part.load_state_dict(saved[name])
+                if saved[name]:                                       # {} of a scaler that was not needed
+                    part.load_state_dict(saved[name])
             self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
             self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
         if self.rank == 0:

@@ -614,7 +614,7 @@ def classify(args, train=None, val=None):
     plan = in_parts(val_ids[run.rank::run.world])                     # so that no image is counted twice
 
     def judge():
-        return evaluate(model.eval(), val, plan, run, len(names))
+        return evaluate(model.eval().forward, val, plan, run, len(names))  # not compiled for each batch size
 
     # RandAugment as in the paper's code: two random changes, each of them with probability 1/2.
     augment, mixes = None, []
@@ -649,7 +649,8 @@ def nearest(args, train=None, val=None):
     # Nothing is trained: for every validation image, the nearest training images vote for their class.
     def vote(images):
         queries = extract_features(encoder, images, args.pool)
-        return knn(features, labels, queries, len(names))
+        with torch.autocast(run.device.type, enabled=False):          # cosines need more than 16 bits
+            return knn(features, labels, queries, len(names))
 
     plan = in_parts(val_ids[run.rank::run.world])
     result = evaluate(vote, val, plan, run, len(names))
@@ -763,7 +764,7 @@ class Segmenter(nn.Module):
         for y in spread(H - h + 1, math.ceil(H / h)).tolist():
             for x in spread(W - w + 1, math.ceil(W / w)).tolist():
                 window = (..., slice(y, y + h), slice(x, x + w))
-                total[window] += self(resized[window])
+                total[window] += self.forward(resized[window])
                 count[window] += 1
         return F.interpolate(total / count, (height, width), mode="bilinear")
 

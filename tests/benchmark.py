@@ -15,9 +15,9 @@ step's part of it counts the operations that our step needs, whichever code comp
 
     kernels    attention by backend and number of tokens, the choice of keys in MixedAE, the patch embedding
     optimizer  AdamW, fused or not
-    large, base, huge   a step of ViT-L, B, H at 224 pixels: ours, ViTMAE, the layout of MAE's own code
+    large, base, huge   a step of ViT-L, B, H at 224 pixels: ours, ViTMAE, the layout of MAE's code
     epoch      50,000 images of 32 pixels from memory, ViT-tiny
-    scripts    the scripts' own loops at 224 pixels: MAE, MixedAE, AutoMAE, ResNet-50 with and without MRA
+    scripts    the scripts' loops at 224 pixels: MAE, MixedAE, AutoMAE, ResNet-50 with and without MRA
     graphs     a step of small models, as CUDA graphs or not
     sweep      a step of ViT-L by batch size
 """
@@ -65,8 +65,9 @@ class FullMAE(mae.MAE):
         return self.loss(images, prediction, mask), prediction, mask
 
 
-def build(name, kind=mae.MAE, img_size=224, **decoder):
-    encoder = common.ViT(img_size, **common.VITS[name])
+def build(name, kind=mae.MAE, **decoder):
+    """→ a masked autoencoder for images of 224 pixels with the paper's decoder, or another one."""
+    encoder = common.ViT(**common.VITS[name])
     return kind(encoder, common.Decoder(encoder, **decoder))
 
 
@@ -85,7 +86,7 @@ def vitmae(name):
 
 
 def unfused(attention, x):
-    """Attention in three operations, as in MAE's own code: the T×T weights lie in memory."""
+    """Attention in three operations, as in MAE's code: the T×T weights lie in memory."""
     q, k, v = attention.project(x)
     weights = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
     return attention.proj((weights @ v).transpose(1, 2).flatten(2))
@@ -129,6 +130,7 @@ def make_step(model, images, device, loss_of=lambda output: output[0], compiled=
 
 
 def synchronize(device):
+    """Waits until the GPU has done what was asked of it."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -260,6 +262,8 @@ def work_of(name, args, count=4):
 
 
 def model_step(args, name, batch):
+    """The whole step, optimizer included. All candidates lie in the card's memory side by side. ViTMAE
+    compiled and not is one model."""
     images = torch.randn(batch, 3, 224, 224, device=args.device)
     make = functools.partial(make_step, images=images, device=args.device)
     steps = {}
@@ -332,7 +336,7 @@ class Enough(Exception):
 
 
 def pace(args, script, preset, train, first, last, words):
-    """→ seconds a step between two steps of a script's own loop, cutting images out of memory included."""
+    """→ seconds a step between two steps of a script's loop, images, optimizer and log included."""
     train_on = script.classify if script.__name__ == "mra" else script.pretrain
     original, times = common.Run.steps, []
 
@@ -361,6 +365,8 @@ def random_images(args, count, size):
 
 
 def scripts(args, steps=20):
+    """With the recipe for ImageNet, but whole images: how long does a step take, beside MAE's? Only steps in
+    the middle of an epoch count, after compiling and before evaluating."""
     import automae
     import mixedae
     import mra
@@ -386,7 +392,7 @@ def scripts(args, steps=20):
             ("ResNet-50, MRA (aim: 1.10)", mra, mra.PRESETS["imagenet"], augmentor + "mra"),
         ]
         print(f"\na step of each script's loop, ViT-{args.model}, batch {args.batch}, {args.device}")
-        base = {}                                                     # ratios are to MAE and to the ResNet alone
+        base = {}                                                     # the first one of each is 1
         for name, script, preset, words in cases:
             with guarded(name):
                 seconds = pace(args, script, preset, train, 5, steps - 2, shared + words)
@@ -396,6 +402,8 @@ def scripts(args, steps=20):
 
 
 def epoch(args, count=50_000):
+    """With the small decoder of the preset for scenes. Crops are made eight images at a time: does the GPU
+    wait for them?"""
     train = random_images(args, count, 32)
     print(f"\nan epoch of {count} images of 32 pixels, ViT-tiny, {args.device} (aim: 2 s)")
     for batch in (256, 1024):
@@ -411,7 +419,7 @@ def epoch(args, count=50_000):
 
 def graphs(args):
     """Small models, whose kernels are so short that the processor cannot start them fast enough."""
-    for name, size, batch in (("nano", 64, 32), ("tiny", 32, 256)):
+    for name, size, batch in (("nano", 64, 16), ("tiny", 32, 256)):
         images = torch.randn(batch, 3, size, size, device=args.device)
         patch = min(common.VITS[name]["patch_size"], size // 8)
         steps = {}
@@ -422,13 +430,14 @@ def graphs(args):
         }
         for title, options in cases.items():
             encoder = common.ViT(size, **common.VITS[name] | dict(patch_size=patch))
-            model = mae.MAE(encoder, common.Decoder(encoder, 64, 2, 4))
+            model = mae.MAE(encoder, common.Decoder(encoder, embed_dim=64, depth=1, num_heads=4))
             with guarded(title):
                 steps[title] = make_step(model, images, args.device, **options)
         compare(args, f"a step of ViT-{name}, {size} pixels", steps, batch, 20)
 
 
 def optimizer(args):
+    """One kernel that does all of AdamW, beside one for each of its operations."""
     steps = {}
     for title in ("fused", "foreach"):
         with guarded(title):
@@ -441,6 +450,7 @@ def optimizer(args):
 
 
 def sweep(args):
+    """From which batch size on is the card busy? Compiling the blocks alone keeps this short."""
     work = work_of("large", args)
     with torch.device(args.device):
         model = compile_blocks(build("large"))
@@ -497,6 +507,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.gpu and args.device != "cuda":
+        parser.error("--gpu needs a GPU with CUDA")
     args.batch = args.batch or (256 if args.gpu else 8)
     if args.gpu:
         on_gpu(args, args.questions or ON_GPU)

@@ -407,6 +407,12 @@ def test_a_failure_in_a_worker_ends_the_run(tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def test_a_run_in_bf16_resumes_in_fp16(tmp_path, cli):
+    assert cli("--out", tmp_path, *MODEL, "--epochs", 1, "--precision", "bf16")[0] == 0
+    assert cli("--out", tmp_path, "--resume", "--epochs", 2, "--precision", "fp16")[0] == 0
+    assert saved(tmp_path)["step"] == 16 and saved(tmp_path)["scaler"]["scale"] > 1
+
+
 def test_two_processes_end_with_the_weights_of_one(tmp_path, cli):
     flags = [*MODEL, "--micro-batch", 4]
     process = start(tmp_path / "two", *flags, launch=torchrun())
@@ -716,7 +722,9 @@ def test_the_papers_augmentations_run(data, folder, trained, tmp_path, cli):
 
 
 def test_neighbours_and_reconstruction_are_tasks_too(trained, tmp_path, cli):
-    assert judge("knn", tmp_path / "knn", f"{trained}/last.pt")["top1"] > 0.7
+    exact = judge("knn", tmp_path / "knn", f"{trained}/last.pt")["top1"]
+    halved = judge("knn", tmp_path / "bf16", f"{trained}/last.pt", "--precision", "bf16")["top1"]
+    assert exact > 0.7 and halved == pytest.approx(exact, abs=0.1)
     flags = ["--task", "reconstruct", "--init", f"{trained}/last.pt", "--limit", 40, "--device", "cpu"]
     assert cli("--out", tmp_path / "images", *flags)[0] == 0
     assert (tmp_path / "images" / "reconstruction.png").exists()

@@ -15,7 +15,7 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
-NAMES = ["mae", "automae", "mixedae", "mra"]
+NAMES = ["mae", "automae", "mixedae", "mra", "detection"]
 
 
 def read(name):
