@@ -1072,6 +1072,13 @@ class Run:
             # Keep only a block's input; the backward pass computes the rest once more.
             if self.args.checkpoint_blocks and isinstance(module, Block):
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+        # Processors that multiply in bf16 are faster with it if the model is large: ViT-B 1.6 times, ViT-Ti
+        # 1.2 times, but the small presets' "nano" 0.7 times (one thread of an AMD EPYC).
+        large = sum(parameter.numel() for parameter in model.parameters()) > 4_000_000
+        on_cpu = self.device.type == "cpu" and self.args.precision is None
+        if on_cpu and large and torch.cpu._is_avx512_bf16_supported():
+            self.autocast = torch.autocast("cpu", torch.bfloat16)
+
         # On Windows torch.compile is missing a part.
         triton = self.device.type == "cuda" and importlib.util.find_spec("triton")
         if self.args.compile or (self.args.compile is None and triton):
@@ -1321,7 +1328,7 @@ def shared_options(description):
     add("--workers", type=whole, default=workers, help="processes that read images, beside each that trains")
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (at most 256)")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
-    add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products (GPU: bf16, CPU: fp32)")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products; None: bf16 where faster")
     add("--compile", action=switch, help="torch.compile the model (on GPUs)")
     add("--checkpoint-blocks", action="store_true", help="less memory, a third slower: compute blocks twice")
     return parser

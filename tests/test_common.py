@@ -966,3 +966,18 @@ def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size
         same = (seen == images).flatten(1).all(dim=1)
         mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
         assert (same | mirrored).all() and same.any() and mirrored.any()
+
+
+@pytest.mark.parametrize("width, precision, supported, wanted", [
+    (256, [], True, torch.bfloat16),
+    (256, [], False, torch.float32),
+    (256, ["--precision", "fp32"], True, torch.float32),
+    (64, [], True, torch.float32),
+])
+def test_large_models_compute_in_bf16_where_a_processor_can(
+        width, precision, supported, wanted, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    run = Run(options(tmp_path, *precision))
+    vit = run.wrap(ViT(32, 8, embed_dim=width, depth=6, num_heads=4))
+    with run.autocast:
+        assert vit.blocks[0].mlp.fc1(torch.zeros(1, width)).dtype == wanted
