@@ -197,14 +197,16 @@ def test_exports_have_a_free_batch_size(tmp_path):
     close(torch.jit.trace(vit, images)(more), vit(more))
 
 
-def test_onnx_has_a_free_batch_size(tmp_path):
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx_has_a_free_batch_size(dynamo, tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     vit, path = shake(ViT(**TINY)), str(tmp_path / "vit.onnx")
-    free = {"images": {0: torch.export.Dim("B")}}
-    torch.onnx.export(
-        vit, (torch.randn(2, 3, 24, 24),), path, input_names=["images"], dynamic_shapes=free, dynamo=True
-    )
+    free = dict(dynamic_shapes={"images": {0: torch.export.Dim("B")}})
+    if not dynamo:
+        free = dict(dynamic_axes={"images": {0: "B"}})
+    images = torch.randn(2, 3, 24, 24)
+    torch.onnx.export(vit, (images,), path, input_names=["images"], dynamo=dynamo, **free)
     more = torch.randn(5, 3, 24, 24)
     (found,) = runtime.InferenceSession(path).run(None, {"images": more.numpy()})
     close(torch.from_numpy(found), vit(more), 1e-4)
