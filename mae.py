@@ -18,8 +18,8 @@ pre-training is about three times as fast as with all of them.
     torchrun --nproc_per_node=8 mae.py --data /imagenet    # the paper's recipe; also --model large
     python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn, segment
 
-Measured with the first command, seed 0, on two cores of an AMD EPYC: a linear classifier on the frozen mean
-patch token is right for 0.61 of new images, before training for 0.22, by chance for 0.10.
+Measured with the first command, seed 0, on two cores of an AMD EPYC: 2 min 55 s; a linear classifier on the
+frozen mean patch token is right for 0.61 of new images, before training for 0.22, by chance for 0.10.
 
 Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
