@@ -677,10 +677,10 @@ class Maps(Dataset):
     def __getitem__(self, i):
         image = read_image(self.images[i])
         labels = torch.from_numpy(np.array(Image.open(self.maps[i])))
-        unknown = (labels < self.first) | (labels == 255)
-        labels = (labels - self.first).masked_fill(unknown, 255)
         if labels.dtype != torch.uint8 or labels.shape != image.shape[1:]:
             raise UserError(f"{self.maps[i]} is no map of classes, or of another size than its image")
+        unknown = (labels < self.first) | (labels == 255)
+        labels = (labels - self.first).masked_fill(unknown, 255)
         if (labels[labels < 255] >= len(self.classes)).any():
             raise UserError(f"{self.maps[i]} has a label beyond the {len(self.classes)} classes")
         return image, labels
