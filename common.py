@@ -8,10 +8,9 @@ K classes, b images in a micro-batch.
 """
 
 import argparse
-import contextlib
 import functools
-import importlib.util
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -394,18 +393,11 @@ def count_blocks(state, prefix):
     return len({name.split(".")[1] for name in state if name.startswith(prefix)})
 
 
-def stored_grid(table, patch_size, *guesses):
-    """→ the (rows, columns) of patches that a position table (1, 1+N, D) was made for: 144 patches may be
-    12×12 or 9×16. guesses: image sizes, or None. Raises UserError if nothing fits."""
-    # A fixed sine-cosine table says so itself: try every shape that has as many patches.
-    places, dim = table.shape[1] - 1, table.shape[2]
-    for rows in range(1, places + 1):
-        grid = (rows, places // rows)
-        if math.prod(grid) == places and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-4):
-            return grid
-
-    # A learned one is of a guess that has as many patches, or else of a square image.
-    for size in guesses:
+def stored_grid(places, patch_size, *sizes):
+    """→ the (rows, columns) of a table of positions for so many patches: 144 of them may be 12×12 or 9×16.
+    The first image size (or None) that has as many patches decides, else the image was square. Raises
+    UserError if it cannot have been."""
+    for size in sizes:
         if size and math.prod(to_pair(size)) == places * patch_size ** 2:
             return patch_grid(size, patch_size)
     side = math.isqrt(places)
@@ -432,12 +424,12 @@ def fill(module, state, path, optional=()):
     fitting = {name: tensor for name, tensor in state.items()
                if name in wanted and tensor.shape == wanted[name].shape}
     missing = sorted(wanted.keys() - fitting)
-    unused = sorted(state.keys() - fitting)
     if not all(name.startswith(optional) for name in missing):
         raise UserError(f"{path} does not fit this model: missing or of another shape are {missing[:4]}")
     module.load_state_dict(fitting, strict=False)
-    notes = f"; starting anew: {', '.join(missing)}" if missing else ""
-    notes += f"; not used here: {', '.join(unused[:4])} …" if unused else ""
+    unused = sorted(state.keys() - fitting)
+    notes = f"; starting anew: {missing}" if missing else ""
+    notes += f"; not used here: {unused[:4]}" if unused else ""
     print(f"loaded {len(fitting)} tensors from {path}{notes}", flush=True)
 
 
@@ -454,14 +446,13 @@ def load_encoder(path, **overrides):
     state, args = read_weights(path, "encoder")
     if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
         raise UserError(f"{path} has no encoder of this project, MAE's release, timm or Hugging Face")
-    if "head.1.weight" in state:
-        raise UserError(f"{path} is an unfinished probe: take best.pt, which holds a plain classifier")
 
     # Sizes come from the tensors themselves; the file's options are only asked for what tensors do not show:
     # the number of heads, and whether a grid is oblong.
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     saved = args.get("vit", {})
-    grid = stored_grid(state["pos_embed"], patch_size, saved.get("img_size"), overrides.get("img_size"))
+    places = state["pos_embed"].shape[1] - 1
+    grid = stored_grid(places, patch_size, saved.get("img_size"), overrides.get("img_size"))
     usual_heads = {size["embed_dim"]: size["num_heads"] for size in VITS.values()}
     config = dict(
         img_size=[side * patch_size for side in grid],
@@ -497,7 +488,8 @@ def load_decoder(path, encoder, **overrides):
     )
     decoder = Decoder(encoder, **(config | overrides))
     table = state["decoder_pos_embed"]
-    source = stored_grid(table, encoder.patch_size, encoder.img_size)
+    saved_size = args.get("vit", {}).get("img_size")
+    source = stored_grid(table.shape[1] - 1, encoder.patch_size, saved_size, encoder.img_size)
     state["decoder_pos_embed"] = resize_positions(table, source, encoder.grid)
     fill(decoder, state, path)
     return decoder
@@ -676,22 +668,14 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
         raise UserError(f"20 images in a row are unreadable, the last is {path}")
 
 
-SPLITS = {                                                 # where the parts are not called "train" and "test"
-    "STL10": ("train+unlabeled", "test"),
-    "Imagenette": ("train", "val"),
-    "OxfordIIITPet": ("trainval", "test"),
-}
-
-
 def torchvision_datasets(name, root):
     """→ torchvision's training and test images of this name ("cifar10", "fashion-mnist", …), downloaded to
     root if need be. Raises UserError if there is no such dataset, or it cannot be had."""
     names = {known.lower(): known for known in torchvision.datasets.__all__}
     try:
-        known = names[name.replace("-", "").lower()]
-        make = getattr(torchvision.datasets, known)
+        make = getattr(torchvision.datasets, names[name.replace("-", "").lower()])
         # Some classes have an option train=True or False, the others name their parts.
-        option, values = "split", SPLITS.get(known, ("train", "test"))
+        option, values = "split", ("train", "test")
         if "train" in inspect.signature(make).parameters:
             option, values = "train", (True, False)
         return [make(root, download=True, transform=v2.PILToTensor(), **{option: value}) for value in values]
@@ -821,7 +805,7 @@ def training_plan(ids, run, times=1):
 def view_transform(args, train, augment=None):
     """→ what is done to an image, and to the map that may come with it: a random crop and flip for training,
     then `augment`; for evaluation the middle."""
-    crop = Middle(args.size)
+    crop = v2.Lambda(functools.partial(middle, size=args.size), tv_tensors.TVTensor)
     if not train:
         return crop
     if args.crop < 1:
@@ -845,17 +829,6 @@ def middle(image, size):
         scale *= 0.875
     image = v2.functional.center_crop(image, [max(1, round(scale * side)) for side in size])
     return v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
-
-
-class Middle(v2.Transform):
-    """`middle`, as a transform of images and maps."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.size = size
-
-    def transform(self, inpt, params):
-        return middle(inpt, self.size)
 
 
 def together(transform, images, labels, masks=None):
@@ -996,19 +969,6 @@ def decay_groups(model, weight_decay, lr_scale=lambda name: 1.0):
             for (decay, scale), members in groups.items()]
 
 
-def write_atomically(path, write):
-    """Calls write(file) so that a kill or a full disk leaves the file before it whole: the new one is
-    written beside it, flushed to the disk, and renamed, which happens completely or not at all."""
-    try:
-        with open(f"{path}.part", "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"could not write {path}: {error}; if there was one before, it is whole")
-
-
 class Run:
     """What a training loop needs around it: device, processes, precision, output folder, log, checkpoints.
     The loop stays the script's. Raises UserError if the options do not fit the machine or each other, or if
@@ -1018,8 +978,6 @@ class Run:
         self.args = args
         # Nothing is lost to a forgotten --out: ask before anything takes time.
         if os.path.exists(f"{args.out}/args.json") and not args.resume and not args.overwrite:
-            if not os.path.exists(f"{args.out}/last.pt"):
-                raise UserError(f"{args.out} holds a run that has saved nothing: --overwrite starts it again")
             raise UserError(f"{args.out} holds a run: --resume continues it, --overwrite replaces it")
         self.step = 0
         self.seconds = 0.0                                            # of training, over all resumed parts
@@ -1038,8 +996,6 @@ class Run:
         # gradients vanish in it unless the loss is scaled up, which is the scaler's work.
         precision = "fp32"
         if self.device.type == "cuda":
-            if self.local_rank >= torch.cuda.device_count():
-                raise UserError(f"there is no GPU number {self.local_rank}: fewer processes, or --device cpu")
             torch.cuda.set_device(self.local_rank)
             torch.set_float32_matmul_precision("high")                # TF32 for what stays float32
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -1079,9 +1035,8 @@ class Run:
         if on_cpu and large and torch.cpu._is_avx512_bf16_supported():
             self.autocast = torch.autocast("cpu", torch.bfloat16)
 
-        # On Windows torch.compile is missing a part.
-        triton = self.device.type == "cuda" and importlib.util.find_spec("triton")
-        if self.args.compile or (self.args.compile is None and triton):
+        on_gpu = self.device.type == "cuda"
+        if self.args.compile or (self.args.compile is None and on_gpu):
             self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
         if self.world > 1 and any(parameter.requires_grad for parameter in model.parameters()):
@@ -1156,10 +1111,19 @@ class Run:
                 file.writelines(json.dumps(line) + "\n" for line in self.history)
 
     def save(self, name, **values):
-        """Writes a checkpoint OUT/name, from process 0 alone."""
+        """Writes a checkpoint OUT/name, from process 0 alone. A kill or a full disk leaves the one before it
+        whole: the new one is written beside it, flushed to the disk, and renamed, which happens completely
+        or not at all. Raises UserError if it cannot be written."""
+        path = f"{self.args.out}/{name}"
         if self.rank == 0:
-            values["args"] = vars(self.args)
-            write_atomically(f"{self.args.out}/{name}", lambda file: torch.save(values, file))
+            try:
+                with open(f"{path}.part", "wb") as file:
+                    torch.save(values | dict(args=vars(self.args)), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(f"{path}.part", path)
+            except (OSError, RuntimeError) as error:
+                raise UserError(f"could not write {path}: {error}; if there was one before, it is whole")
 
     def ends_epoch(self, step, cost):
         """→ whether to evaluate after this step: at the end of an epoch, or of several, so that at least as
@@ -1263,10 +1227,8 @@ def entry(main):
     try:
         main()
         code = 0
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).strip().split("\n")[-1]                  # of a worker's error the last line
-    except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: try --checkpoint-blocks or a smaller --micro-batch"
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except SystemExit as stop:
@@ -1343,15 +1305,11 @@ def kind_of_data(args):
     files, and images of 100 pixels or more."""
     if args.data is None:
         return "scenes"
-    count, side = 0, math.inf
-    for folder, _, names in os.walk(args.data, followlinks=True):
-        count += len(names)
-        for name in names[:1]:
-            with contextlib.suppress(Exception):                      # whatever Pillow says of it
-                side = min(Image.open(f"{folder}/{name}").size)
-        if count > 50_000:
-            break
-    return "imagenet" if count > 50_000 and side >= 100 else "small"
+    files = list(itertools.islice(pathlib.Path(args.data).rglob("*.*"), 50_001))
+    if len(files) <= 50_000:
+        return "small"
+    first = next(filter(is_image, files))
+    return "imagenet" if min(Image.open(first).size) >= 100 else "small"
 
 
 def parse_args(parser, script, preset, arguments=None):
