@@ -850,7 +850,7 @@ class View(Dataset):
     def __getitem__(self, key):
         i, seed = key
         image, label = self.dataset[i]
-        torch.manual_seed(seed_for(seed, i))
+        torch.default_generator.manual_seed(seed_for(seed, i))     # as torch.manual_seed, without the GPUs
         image, label, _ = together(self.transform, image, label)
         return image, torch.as_tensor(label), seed
 

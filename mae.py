@@ -49,9 +49,10 @@ Details that matter
 import argparse
 import math
 import pathlib
+from dataclasses import dataclass
 
 from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, Images, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, labels_of,
+    VITS, Decoder, Images, Run, UserError, ViT, batches, decay_groups, entry, fill, gather_tokens, labels_of,
     learning_rate, load_decoder, load_encoder, number, open_data, parse_args, patchify, prepare_data,
     read_checkpoint, read_image, save_image_rows, shared_options, spread, to_pixels, training_plan,
     unpatchify)
@@ -59,11 +60,10 @@ from common import (                                                  # before t
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import distributed as dist
 from torch import nn
-from torch.utils.data import Dataset
+from torchvision.datasets import OxfordIIITPet, VOCSegmentation
 from torchvision.transforms import v2
 
 # -------------------------------------------------------------------------------------------------- masking
@@ -331,35 +331,29 @@ def draw(model, dataset, run, count=10):
 # ==========================================================================================================
 
 def labelled_ids(dataset, limit=None, seed=0, per_class=None):
-    """→ numbers (m,) of at most `limit` labelled images, in random order; of those per_class of each class,
-    if it is given. Raises UserError if there are no two classes, or a class has fewer images."""
-    labels = labels_of(dataset).cpu() if dataset is not None else torch.zeros(0)
+    """→ numbers (m,) of at most `limit` labelled images, in random order; of those at most per_class of each
+    class, if it is given. Raises UserError if there are no two classes."""
+    labels = labels_of(dataset or []).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order] >= 0][:limit]
-    labels = labels[order]
-    if len(labels.unique()) < 2:
+    classes = labels[order].unique()
+    if len(classes) < 2:
         raise UserError("this needs labelled images to train and to validate: train/CLASS and val/CLASS")
     if per_class:
-        fewest = labels.bincount()[labels.unique()].min()
-        if fewest < per_class:
-            raise UserError(f"--labels {per_class}: there is a class with {fewest} images")
-        chosen = [order[labels == k][:per_class] for k in labels.unique()]
-        order = torch.cat(chosen)
+        order = torch.cat([order[labels[order] == k][:per_class] for k in classes])
     return order
 
 
 def class_names(dataset):
     """→ the names of a dataset's classes; of a dataset without names their numbers."""
-    names = getattr(dataset, "classes", None)
-    if not names:
-        names = range(int(labels_of(dataset).max()) + 1)
+    names = getattr(dataset, "classes", None) or range(int(labels_of(dataset).max()) + 1)
     return [str(name) for name in names]
 
 
-def in_parts(ids):
-    """→ a plan for `batches`: 250 images at a time."""
-    return [(part, 0) for part in ids.split(250)]
+def in_parts(ids, size=100):
+    """→ a plan for `batches`: `size` images at a time."""
+    return [(part, 0) for part in ids.split(size)]
 
 
 @torch.no_grad()
@@ -372,42 +366,50 @@ def extract_features(encoder, images, pool):
     return tokens[:, 1:].mean(dim=1)
 
 
-def all_features(encoder, dataset, ids, run, pool):
-    """→ features (m, D) and labels (m,) of these images."""
-    features, labels = [], []
-    encoder.eval()
-    for images, targets, _ in batches(dataset, in_parts(ids), run):
-        with run.autocast:
-            features.append(extract_features(encoder, images, pool))
-        labels.append(targets)
-    return torch.cat(features), torch.cat(labels)
-
-
 def knn(features, labels, queries, num_classes, k=20, temperature=0.07):
     """features (M, D), labels (M,), queries (Q, D) → scores (Q, num_classes): the k nearest by cosine vote,
     each with weight exp(cosine / temperature) [not in the paper]."""
-    similarity = F.normalize(queries) @ F.normalize(features).T       # (Q, M)
-    similarity, nearest = similarity.topk(min(k, len(features)))      # (Q, k)
+    features = F.normalize(features).T                                # (D, M)
     votes = torch.zeros(len(queries), num_classes, device=queries.device)
-    return votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+    # 250 queries at a time: a matrix of all Q × M cosines might not fit into memory.
+    for part, vote in zip(F.normalize(queries).split(250), votes.split(250)):
+        similarity, nearest = (part @ features).topk(min(k, len(labels)))  # (250, k)
+        vote.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+    return votes
 
 
 def linear(features, labels, queries, num_classes, ridge=10.0):
     """As `knn`, by the linear map that is nearest to the one-hot labels in least squares: a probe in closed
     form, which takes a second [not in the paper]."""
-    mean = features.mean(dim=0)
-    std = features.std(dim=0) + 1e-6
+    mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
+    x, queries = [((part - mean) / std).cpu().double() for part in (features, queries)]
+    targets = F.one_hot(labels.cpu(), num_classes).double()           # (M, K)
 
-    def scaled(part):
-        """Every feature with mean 0 and spread 1, and a last one that is always 1, for a bias."""
-        part = F.pad((part - mean) / std, (0, 1), value=1.0)
-        return part.double().cpu()
-
-    x = scaled(features)                                              # (M, D+1)
+    # Ridge regression: the penalty keeps weights small where the data say little about them. The bias is one
+    # of the weights; as features have mean 0, it does not depend on the others.
+    bias = targets.sum(dim=0) / (len(x) + ridge)
     penalty = ridge * torch.eye(x.shape[1])
-    targets = F.one_hot(labels.cpu(), num_classes).double()
-    weights = torch.linalg.solve(x.T @ x + penalty, x.T @ targets)
-    return (scaled(queries) @ weights).to(queries.device)
+    weights = torch.linalg.solve(x.T @ x + penalty, x.T @ targets)    # (D, K)
+    return (queries @ weights + bias).to(labels.device)
+
+
+def all_features(encoder, dataset, ids, run):
+    """→ features (m, D), as --pool says, and labels (m,) of these images."""
+    encoder.eval()
+    parts = []
+    for images, labels, _ in batches(dataset, in_parts(ids), run):
+        with run.autocast:
+            parts.append((extract_features(encoder, images, run.args.pool), labels))
+    return [torch.cat(part) for part in zip(*parts)]
+
+
+def feature_accuracy(classifier, encoder, train, ids, val, val_ids, run):
+    """→ how often `knn` or `linear`, fitted to the frozen features of the training images `ids`, is right for
+    the validation images val_ids."""
+    features, labels = all_features(encoder, train, ids, run)
+    queries, truth = all_features(encoder, val, val_ids, run)
+    scores = classifier(features, labels, queries, int(labels.max()) + 1)
+    return (scores.argmax(dim=1) == truth).float().mean().item()
 
 
 def report(encoder, train, val, run):
@@ -419,18 +421,26 @@ def report(encoder, train, val, run):
         val_ids = labelled_ids(val, args.limit or 3000)
     except UserError:
         return run.print("the data have no labels, or no validation images: the features are not judged")
-    names = class_names(train)
     torch.manual_seed(args.seed)
     untrained = ViT(**encoder.config).to(run.device)
-    accuracy = []
-    for vit in (encoder, untrained):
-        features, labels = all_features(vit, train, ids, run, "avg")
-        queries, truth = all_features(vit, val, val_ids, run, "avg")
-        answers = linear(features, labels, queries, len(names)).argmax(dim=1)
-        accuracy.append((answers == truth).float().mean().item())
-    run.print(f"a linear classifier on the frozen features: accuracy {accuracy[0]:.3f}, "
-              f"before training {accuracy[1]:.3f}, by chance {1 / len(names):.3f}")
-    run.write_log(step=run.step, linear_trained=accuracy[0], linear_untrained=accuracy[1])
+    after = feature_accuracy(linear, encoder, train, ids, val, val_ids, run)
+    before = feature_accuracy(linear, untrained, train, ids, val, val_ids, run)
+    run.print(f"a linear classifier on the frozen features: accuracy {after:.3f}, "
+              f"before training {before:.3f}, by chance {1 / len(class_names(train)):.3f}")
+    run.write_log(step=run.step, linear_trained=after, linear_untrained=before)
+
+
+def nearest(args, train=None, val=None):
+    """--task knn: a vote of the 20 nearest training images, by the features of the frozen encoder."""
+    run = Run(args)
+    encoder, train, val = prepare(args, run, train, val)
+    ids = labelled_ids(train, args.limit, args.seed, args.labels)
+    val_ids = labelled_ids(val, args.limit)
+    args.classes = class_names(train)
+    encoder.to(run.device)
+    run.start()
+    top1 = feature_accuracy(knn, encoder, train, ids, val, val_ids, run)
+    finish(run, dict(top1=top1))
 
 
 def lars(optimizer, args, kwargs, trust=0.001):
@@ -456,97 +466,107 @@ def layer_scale(name, depth, layer_decay):
     return layer_decay ** (depth + 1 - layer)
 
 
-def make_classifier(args, vit, names):
-    """Gives a ViT a head for these classes, if it has none, and lets only what --task trains have
-    gradients."""
-    if getattr(vit, "classes", None) != names:                        # a file's head stays if its classes fit
-        if args.eval:
+def make_classifier(args, vit, num_classes):
+    """Gives a ViT a new head, and lets only what --task trains have gradients. With --eval the ViT stays as
+    it is. Raises UserError if it then has no head for so many classes."""
+    if args.eval:
+        if vit.num_classes != num_classes:
             raise UserError(f"{args.init} is no classifier of these classes: train one first, without --eval")
-        vit.head = nn.Linear(vit.embed_dim, len(names))
-        std = 0.01 if args.task == "probe" else 2e-5
-        nn.init.trunc_normal_(vit.head.weight, std=std)
-        nn.init.zeros_(vit.head.bias)
-        vit.config["num_classes"] = len(names)
+        return
+    vit.head = nn.Linear(vit.embed_dim, num_classes)
+    std = 0.01 if args.task == "probe" else 2e-5
+    nn.init.trunc_normal_(vit.head.weight, std=std)
+    nn.init.zeros_(vit.head.bias)
+    vit.config["num_classes"] = num_classes
 
     # Fine-tuning trains everything, or with --train-blocks k the last k blocks, the norm and the head
     # (section 4.3). The probe trains the head alone, behind a BatchNorm that has no weights.
-    trained = [""]                                                    # every name begins with "": train all
+    trained = [vit]
     if args.train_blocks is not None:
-        last = range(len(vit.blocks) - args.train_blocks, len(vit.blocks))
-        trained = ["head", "norm", "fc_norm", *(f"blocks.{k}." for k in last)]
+        first = max(0, len(vit.blocks) - args.train_blocks)
+        trained = [vit.blocks[first:], vit.norm, vit.fc_norm, vit.head]
     if args.task == "probe":
         norm = nn.BatchNorm1d(vit.embed_dim, affine=False, eps=1e-6)
         vit.head = nn.Sequential(norm, vit.head)
-        trained = ["head"]
-    for name, parameter in vit.named_parameters():
-        parameter.requires_grad_(name.startswith(tuple(trained)))
+        trained = [vit.head]
+    vit.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
 
 
 def plain_state(module):
     """→ a module's parameters. A probe's BatchNorm and linear layer become one linear layer, as every ViT has
     it."""
     state = module.state_dict()
-    if isinstance(getattr(module, "head", None), nn.Sequential):
-        norm, head = module.head
-        for name in [name for name in state if name.startswith("head.")]:
-            del state[name]
-        state["head.weight"] = head.weight * (norm.running_var + norm.eps).rsqrt()
-        state["head.bias"] = head.bias - state["head.weight"] @ norm.running_mean
+    names = [name for name in state if name.startswith("head.")]
+    if "head.1.weight" in names:
+        mean, variance, _, weight, bias = [state.pop(name) for name in names]
+        state["head.weight"] = weight * (variance + 1e-6).rsqrt()
+        state["head.bias"] = bias - state["head.weight"] @ mean
     return state
 
 
 @torch.no_grad()
-def evaluate(score, dataset, plan, run, num_classes, transform=None):
-    """score: images (b, C, H, W) → scores (b, K), or (b, K, H, W) of every pixel. → accuracies, and for
-    pixels intersection over union (IoU), over all images and processes. The IoU of a class is the number of
-    pixels that have it in truth and prediction, divided by the number that have it in either; the mean is
-    over classes that occur in truth or prediction."""
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=run.device)
-    in_five = torch.zeros(1, dtype=torch.long, device=run.device)
+def evaluate(model, dataset, ids, run):
+    """→ accuracies of a classifier, or of a `Segmenter` intersection over union (IoU) and accuracy of pixels,
+    over the images `ids` in all processes. The IoU of a class is the number of pixels that have it in truth
+    and prediction, divided by the number that have it in either; the mean is over classes that occur in truth
+    or prediction."""
+    num_classes = len(run.args.classes)
+    score = model.eval().forward                                      # not compiled for each batch size
+    transform, size = None, 100
+    if isinstance(model, Segmenter):
+        # It sees images as they are. Files differ in size then, and cannot form a batch.
+        score = model.predict
+        transform = v2.Identity()
+        size = 100 if isinstance(dataset, Images) else 1
+
+    # Every process takes its part of the images, so that none is counted twice.
+    plan = in_parts(ids[run.rank::run.world], size)
+    confusion, in_five = 0, 0
     for images, labels, _ in batches(dataset, plan, run, transform=transform):
         with run.autocast:
             answers = score(images).topk(min(5, num_classes), dim=1).indices  # (b, 5, …), the best first
         pairs = labels * num_classes + answers[:, 0]                  # one number for truth and prediction
-        confusion += pairs[labels >= 0].bincount(minlength=num_classes ** 2).view_as(confusion)
+        confusion += pairs[labels >= 0].bincount(minlength=num_classes ** 2)
         in_five += (answers == labels[:, None]).sum()
     if run.world > 1:
         dist.all_reduce(confusion)
         dist.all_reduce(in_five)
 
     # Rows of the confusion matrix are true classes, columns are answers. Its diagonal is what was right.
+    confusion = confusion.unflatten(0, (num_classes, num_classes))
     right = confusion.diagonal()
     truth = confusion.sum(dim=1)
-    union = truth + confusion.sum(dim=0) - right
     accuracy = right.sum() / truth.sum()
-    if labels.ndim > 1:
-        iou = right / union.clamp(min=1)
-        mean = iou[union > 0].mean()
-        return dict(mean_iou=mean.item(), pixel_accuracy=accuracy.item(), class_iou=iou.tolist())
-    top5 = in_five / truth.sum()
-    per_class = right / truth.clamp(min=1)
-    return dict(top1=accuracy.item(), top5=top5.item(), class_accuracy=per_class.tolist())
+    if labels.ndim == 1:
+        top5 = in_five / truth.sum()
+        return dict(top1=accuracy.item(), top5=top5.item())
+    union = truth + confusion.sum(dim=0) - right
+    iou = right / union.clamp(min=1)
+    mean = iou[union > 0].mean()
+    return dict(mean_iou=mean.item(), pixel_accuracy=accuracy.item(), class_iou=iou.tolist())
 
 
-def finish(run, result, names):
-    """Says and logs the result of a task: numbers, and last a list with one for every class."""
-    *numbers, _ = result.items()
-    text = ", ".join(f"{name} {value:.4f}" for name, value in numbers)
-    chance = f", by chance {1 / len(names):.4f}" if "top1" in result else ""
-    run.print(f"{run.args.task}: {text}{chance}")
+def finish(run, result):
+    """Says and logs the result of a task."""
+    texts = [f"{name} {value:.4f}" for name, value in result.items() if name != "class_iou"]
+    if "top1" in result:
+        texts.append(f"by chance {1 / len(run.args.classes):.4f}")
+    run.print(f"{run.args.task}: {', '.join(texts)}")
     run.write_log(step=run.step, task=run.args.task, **result)
 
 
-def fit(run, model, train, ids, judge, cost, augment=None, mixes=()):
-    """Trains whatever requires gradients, on the images `ids`: the loop of probe, fine-tuning and
-    segmentation. judge() → results on `cost` validation images; OUT/best.pt keeps the weights with the best
-    value of the first of them."""
+def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
+    """Trains whatever requires gradients, on the images `ids`, and evaluates on val_ids: the loop of probe,
+    fine-tuning and segmentation. parts: the modules that checkpoints hold. With --eval nothing is trained,
+    only evaluated."""
     args = run.args
     wrapped = run.wrap(model)
     # The probe learns with LARS. Fine-tuning learns with AdamW, and early layers more slowly than late
     # ones: what they see in any image, edges and colours, need not change much.
     if args.task == "probe":
-        head = model.head.parameters()
-        optimizer = torch.optim.SGD(head, lr=0.0, momentum=0.9)
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9)
         optimizer.register_step_pre_hook(lars)
     else:
         def scale(name):
@@ -555,12 +575,9 @@ def fit(run, model, train, ids, judge, cost, augment=None, mixes=()):
         groups = decay_groups(model, args.weight_decay, scale)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
 
-    parts = dict(encoder=model)
-    if isinstance(model, Segmenter):
-        parts = dict(encoder=model.encoder, head=model.head)
+    if args.eval:
+        args.epochs, ids = 0, ids[:0]                                 # the loop below has no step
     run.start(len(ids), **parts, optimizer=optimizer, scaler=run.scaler)
-    measure = "mean_iou" if args.task == "segment" else "top1"
-    best = max([line.get(measure, 0.0) for line in run.history], default=0.0)  # before it was resumed
     erase = v2.RandomErasing(args.erasing, value="random")
     loader = batches(train, training_plan(ids, run), run, train=True, augment=augment)
     for step in run.steps():
@@ -588,102 +605,72 @@ def fit(run, model, train, ids, judge, cost, augment=None, mixes=()):
         run.scaler.update()
         optimizer.zero_grad()
         run.log(lr=lr)
-        if run.ends_epoch(step, cost):
-            *numbers, _ = judge().items()
+        if run.ends_epoch(step, cost=len(val_ids)):
+            result = evaluate(model, val, val_ids, run)
             model.train()
-            run.log(**dict(numbers))
-            # Keep the weights that do best on validation images. OUT/last.pt has those of the last step.
-            if numbers[0][1] >= best:
-                best = numbers[0][1]
+            # OUT/best.pt keeps the weights that do best on validation images, by the first of the results.
+            # OUT/last.pt has those of the last step.
+            measure = next(iter(result))
+            best = max([line.get(measure, 0.0) for line in run.history], default=0.0)
+            if result[measure] >= best:
                 states = {name: plain_state(part) for name, part in parts.items()}
-                run.save("best.pt", **states, **dict(numbers), step=step + 1)
+                run.save("best.pt", **states, **result, step=step + 1)
+            run.log(**result)
+    finish(run, evaluate(model, val, val_ids, run))
 
 
 def classify(args, train=None, val=None):
     """--task probe and finetune: trains a classifier on an encoder, or from scratch; with --eval only
-    measures one."""
+    evaluates the one in --init. train, val: datasets of your own, as for `pretrain`."""
     run = Run(args)
     options = {} if args.eval else dict(global_pool=args.pool, drop_path_rate=args.drop_path)
     # A ViT with one of three pasts: pre-trained, already a classifier (--eval), or new.
     model, train, val = prepare(args, run, train, val, **options)
     ids = labelled_ids(train, args.limit, args.seed, args.labels)
     val_ids = labelled_ids(val, args.limit)
-    args.classes = names = class_names(train)
-    make_classifier(args, model, names)
-    plan = in_parts(val_ids[run.rank::run.world])                     # so that no image is counted twice
-
-    def judge():
-        return evaluate(model.eval().forward, val, plan, run, len(names))  # not compiled for each batch size
+    args.classes = class_names(train)
+    num_classes = len(args.classes)
+    make_classifier(args, model, num_classes)
 
     # RandAugment as in the paper's code: two random changes, each of them with probability 1/2.
     augment, mixes = None, []
     if args.randaugment:
-        fill = [round(value) for value in args.mean]
-        bicubic = v2.InterpolationMode.BICUBIC
-        change = v2.RandAugment(1, args.randaugment, 11, bicubic, fill)
-        twice = [v2.RandomApply([change]), v2.RandomApply([change])]
-        augment = v2.Compose([v2.ToPILImage(), *twice, v2.PILToTensor()])  # bicubic needs Pillow's images
+        colour = [round(value) for value in args.mean]                # where a rotation leaves nothing
+        change = v2.RandAugment(1, args.randaugment, 11, v2.InterpolationMode.BICUBIC, colour)
+        perhaps = v2.RandomApply([change])
+        augment = v2.Compose([v2.ToPILImage(), perhaps, perhaps, v2.PILToTensor()])  # Pillow can do bicubic
     if args.mixup:
-        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=len(names)))
+        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
     if args.cutmix:
-        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=len(names)))
-    if args.eval:
-        run.wrap(model)
-        run.start()
-    else:
-        fit(run, model, train, ids, judge, len(val_ids), augment, mixes)
-    finish(run, judge(), names)
-
-
-def nearest(args, train=None, val=None):
-    """--task knn: a vote of the 20 nearest training images, by the features of the frozen encoder."""
-    run = Run(args)
-    encoder, train, val = prepare(args, run, train, val)
-    ids = labelled_ids(train, args.limit, args.seed, args.labels)
-    val_ids = labelled_ids(val, args.limit)
-    names = class_names(train)
-    run.start()
-    features, labels = all_features(encoder.to(run.device), train, ids, run, args.pool)
-
-    # Nothing is trained: for every validation image, the nearest training images vote for their class.
-    def vote(images):
-        queries = extract_features(encoder, images, args.pool)
-        with torch.autocast(run.device.type, enabled=False):          # cosines need more than 16 bits
-            return knn(features, labels, queries, len(names))
-
-    plan = in_parts(val_ids[run.rank::run.world])
-    result = evaluate(vote, val, plan, run, len(names))
-    finish(run, result, names)
+        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=num_classes))
+    fit(run, model, dict(encoder=model), train, ids, val, val_ids, augment, mixes)
 
 
 VOC = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
 person pottedplant sheep sofa train tvmonitor"""
 
 
-class Maps(Dataset):
-    """Image files and files with the class of every pixel → a dataset for segmentation. first: the number
-    of class 0 in the files; lower ones and 255 mean that nobody knows the class. Raises UserError for a map
-    of another size than its image, or with a label beyond the classes."""
+@dataclass
+class Maps:
+    """Pairs (image file, file with the class of every pixel) as a dataset for segmentation. first: the
+    number of class 0 in the files; lower ones and 255 mean that nobody knows the class. Raises UserError for
+    a map of another size than its image, or with a label beyond the classes."""
 
-    def __init__(self, images, maps, classes, first):
-        self.images = images
-        self.maps = maps
-        self.classes = classes
-        self.first = first
+    pairs: list
+    classes: list
+    first: int
 
     def __len__(self):
-        return len(self.images)
+        return len(self.pairs)
 
     def __getitem__(self, i):
-        image = read_image(self.images[i])
-        labels = torch.from_numpy(np.array(Image.open(self.maps[i])))
-        if labels.dtype != torch.uint8 or labels.shape != image.shape[1:]:
-            raise UserError(f"{self.maps[i]} is no map of classes, or of another size than its image")
-        unknown = (labels < self.first) | (labels == 255)
-        labels = (labels - self.first).masked_fill(unknown, 255)
-        if (labels[labels < 255] >= len(self.classes)).any():
-            raise UserError(f"{self.maps[i]} has a label beyond the {len(self.classes)} classes")
-        return image, labels
+        path, map_path = self.pairs[i]
+        image = read_image(path)
+        labels = torch.from_numpy(np.array(Image.open(map_path)))
+        fits = labels.dtype == torch.uint8 and labels.shape == image.shape[1:]
+        if not fits or (labels[labels < 255] >= self.first + len(self.classes)).any():
+            raise UserError(f"{map_path} is no map of {len(self.classes)} classes in the size of its image")
+        return image, labels.where(labels == 255, labels - self.first)  # in uint8, 0 − 1 is 255: unknown
 
 
 def open_maps(args):
@@ -695,30 +682,27 @@ def open_maps(args):
         maps = []
         for scenes in open_data(args):
             labels = (scenes.targets[:, None, None] + 1) * scenes.masks
-            names = ["background", *scenes.classes]
-            maps.append(Images(scenes.images, labels.byte(), names))
+            maps.append(Images(scenes.images, labels.byte(), ["background", *scenes.classes]))
         return maps
     if args.data == "voc":
-        parts = [torchvision.datasets.VOCSegmentation(args.root, image_set=part, download=True)
-                 for part in ("train", "val")]
-        return [Maps(part.images, part.masks, VOC.split(), first=0) for part in parts]
+        parts = [VOCSegmentation(args.root, image_set=part, download=True) for part in ("train", "val")]
+        return [Maps([*zip(part.images, part.masks)], VOC.split(), 0) for part in parts]
     if args.data == "pets":
-        parts = [torchvision.datasets.OxfordIIITPet(args.root, part, "segmentation", download=True)
-                 for part in ("trainval", "test")]
         names = ["pet", "background", "border"]
-        return [Maps(part._images, part._segs, names, first=1) for part in parts]
+        parts = [OxfordIIITPet(args.root, part, "segmentation", download=True)
+                 for part in ("trainval", "test")]
+        return [Maps([*zip(part._images, part._segs)], names, 1) for part in parts]
 
-    folder = pathlib.Path(args.data)
-    parts = [folder / "images" / part for part in ("training", "validation")]
-    images = [sorted(part.glob("*.*")) for part in parts]
-    if not all(images):
-        raise UserError(f"there is no image in {folder}/images/training or {folder}/images/validation")
-    maps = [[folder / "annotations" / path.parent.name / f"{path.stem}.png" for path in part]
-            for part in images]
+    parts = []
+    for part in ("training", "validation"):
+        images = sorted(pathlib.Path(args.data, "images", part).glob("*.*"))
+        if not images:
+            raise UserError(f"there is no image in {args.data}/images/{part}")
+        parts.append([(path, f"{args.data}/annotations/{part}/{path.stem}.png") for path in images])
     # The highest number in a training map says how many classes there are.
-    counts = sum(np.array(Image.open(path).histogram()[:255]) for path in maps[0])
+    counts = sum(np.array(Image.open(path).histogram()[:255]) for _, path in parts[0])
     classes = range(counts.nonzero()[0].max())
-    return [Maps(*pair, classes, first=1) for pair in zip(images, maps)]
+    return [Maps(pairs, classes, 1) for pairs in parts]
 
 
 class Segmenter(nn.Module):
@@ -750,10 +734,9 @@ class Segmenter(nn.Module):
         proportions, to just cover the encoder's img_size. Its longer side is then seen through several
         windows; where they overlap, scores are averaged."""
         h, w = self.encoder.img_size
-        height, width = images.shape[2:]
-        scale = max(h / height, w / width)
-        H = max(h, round(scale * height))
-        W = max(w, round(scale * width))
+        size = images.shape[2:]
+        scale = max(h / size[0], w / size[1])
+        H, W = [round(scale * side) for side in size]
         resized = F.interpolate(images, (H, W), mode="bicubic", antialias=True)
 
         # As many windows as are needed to see everything, evenly spread: the first at the upper left corner,
@@ -765,59 +748,36 @@ class Segmenter(nn.Module):
                 window = (..., slice(y, y + h), slice(x, x + w))
                 total[window] += self.forward(resized[window])
                 count[window] += 1
-        return F.interpolate(total / count, (height, width), mode="bilinear")
+        return F.interpolate(total / count, size, mode="bilinear")
 
 
 def segment(args, train=None, val=None):
-    """--task segment: trains a head that gives every pixel a class; with --eval only measures it. train,
-    val: datasets of your own, whose label is a map (H, W), with `classes`."""
+    """--task segment: trains a head that gives every pixel a class; with --eval only evaluates
+    the one in --init, which needs the same --head. train, val: datasets of your own, whose label is a map
+    (H, W), with `classes`."""
     run = Run(args)
     encoder, train, val = prepare(args, run, train, val, drop_path_rate=args.drop_path)
-    args.classes = names = [str(name) for name in train.classes]
+    args.classes = class_names(train)
+    model = Segmenter(encoder, len(args.classes), args.head)
     if args.eval:
-        saved = read_checkpoint(args.init)
-        if "head" not in saved:
-            raise UserError(f"{args.init} is no segmenter: train one first, without --eval")
-        args.head = saved["args"]["head"]
-    model = Segmenter(encoder, len(names), args.head)
-    if args.eval:
-        model.head.load_state_dict(saved["head"])
+        fill(model.head, read_checkpoint(args.init).get("head", {}), args.init)
+    ids = spread(len(train), args.labels or args.limit)
+    fit(run, model, dict(encoder=encoder, head=model.head), train, ids, val, spread(len(val)))
+    if run.rank:
+        return
 
-    ids = torch.arange(len(val))[run.rank::run.world]
-    at_once = 100 if isinstance(val, Images) else 1                   # files differ in size
-    plan = [(part, 0) for part in ids.split(at_once)]
-
-    def judge():
-        model.eval()
-        return evaluate(model.predict, val, plan, run, len(names), v2.Identity())
-
-    if args.eval:
-        run.wrap(model)
-        run.start()
-    else:
-        train_ids = spread(len(train), args.labels or args.limit)
-        fit(run, model, train, train_ids, judge, len(val))
-    finish(run, judge(), names)
-
-    # Draw images, true classes and predicted classes. A class's colour is its number times three steps that
-    # wrap around at 256, so neighbours look different.
-    ids = spread(len(val), 8)
-    images, labels, _ = next(batches(val, [(ids, 0)], run))
+    # Draw images, true classes and predicted classes. A class's colour is its number times a step for every
+    # channel that wraps around at 256, so neighbours look different.
+    images, labels, _ = next(batches(val, in_parts(spread(len(val), 8)), run))
     answers = model.predict(images).argmax(dim=1)
-    steps = torch.tensor([67, 113, 41])
-    colours = (torch.arange(256)[:, None] * steps).byte()             # (256, 3)
-
-    def colour(maps):
-        return colours[maps.cpu()].permute(0, 3, 1, 2)
-
+    steps = (67 + 46 * torch.arange(args.in_chans))[:, None, None]
     path = f"{args.out}/segmentation.png"
-    if run.rank == 0:
-        save_image_rows(path, {
-            "image": to_pixels(images, args),
-            "truth": colour(labels),
-            "prediction": colour(answers),
-        })
-        run.print(f"images: {path}")
+    save_image_rows(path, {
+        "image": to_pixels(images, args),
+        "truth": (labels[:, None].cpu() * steps).byte(),
+        "prediction": (answers[:, None].cpu() * steps).byte(),
+    })
+    run.print(f"images: {path}")
 
 
 def reconstruct(args, train=None, val=None):
@@ -832,20 +792,24 @@ def reconstruct(args, train=None, val=None):
 
 
 TASKS = {
-    "pretrain": pretrain, "knn": nearest, "probe": classify,
-    "finetune": classify, "segment": segment,
-    "reconstruct": reconstruct}
+    "pretrain": pretrain,
+    "knn": nearest,
+    "probe": classify,
+    "finetune": classify,
+    "segment": segment,
+    "reconstruct": reconstruct,
+}
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data, task and model; later rows override earlier ones. "imagenet" is the paper's
-# recipe (appendix A.1). "scenes" is for scenes and all small data and takes minutes on a CPU [not in the
-# paper]; `updates` is the number of steps.
+# Defaults by kind of data, task, and model or width of the encoder; later rows override earlier ones.
+# "imagenet" is the paper's recipe (appendix A.1). "scenes" is for scenes and all small data and takes minutes
+# on a CPU [not in the paper]; `updates` is the number of steps.
 PRESETS = {
     "scenes": dict(
         model="nano",
         decoder=dict(embed_dim=64, depth=1, num_heads=4),
-        norm_pixels=False, pool="avg", crop=1.0,
+        norm_pixels=False, crop=1.0,
         updates=5000, batch=16, lr=2.4e-2,
     ),
     "scenes probe": dict(updates=800, batch=128, lr=80.0),
@@ -854,11 +818,12 @@ PRESETS = {
         layer_decay=0.75, drop_path=0.1,
     ),
     "imagenet": dict(
-        model="base", size=[224],
+        model="base", size=[224], patch=16,
         decoder=dict(embed_dim=512, depth=8, num_heads=16),
-        norm_pixels=True, pool="avg", crop=0.2,
+        norm_pixels=True, crop=0.2,
         epochs=800, batch=4096, lr=1.5e-4, warmup=40.0,
     ),
+    "imagenet huge": dict(patch=14),
     "imagenet probe": dict(
         epochs=90, batch=16384, lr=0.1, warmup=10.0,
         pool="token", crop=0.08,
@@ -868,32 +833,35 @@ PRESETS = {
         layer_decay=0.65, drop_path=0.1, label_smoothing=0.1,
         mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25, crop=0.08,
     ),
-    "imagenet probe large": dict(epochs=50),
-    "imagenet probe huge": dict(epochs=50),
-    "imagenet finetune large": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
-    "imagenet finetune huge": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
-    "segment linear": dict(epochs=None, updates=600, batch=32, lr=0.08),
-    "segment conv": dict(epochs=None, updates=600, batch=32, lr=1.6e-2, layer_decay=0.75),
+    "imagenet probe 1024": dict(epochs=50),
+    "imagenet probe 1280": dict(epochs=50),
+    "imagenet finetune 1024": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
+    "imagenet finetune 1280": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
+    "segment": dict(epochs=None, updates=600, batch=32, lr=0.08),
+    "segment conv": dict(lr=1.6e-2, layer_decay=0.75),
 }
 
 
 def preset(args, kind):
     """→ the defaults for a kind of data, and for the task and model in args."""
-    model = args.model
-    if args.init is not None and kind == "imagenet":                # the recipe depends on the encoder's size
+    task = args.task
+    data = kind.replace("small", "scenes")
+    width = None
+    if data == "imagenet" and args.init is not None:                  # the recipe depends on the encoder
         width = load_encoder(args.init).embed_dim
-        for name, size in VITS.items():
-            if size["embed_dim"] == width:
-                model = name
-    base = kind.replace("small", "scenes")
-    values = {}
-    for row in (base, f"{base} {args.task}", f"{base} {args.task} {model}", f"{args.task} {args.head}"):
+    values = dict(min_lr=0.0)
+    for row in (
+        data,
+        f"{data} {args.model}",
+        f"{data} {task}",
+        f"{data} {task} {width}",
+        task,
+        f"{task} {args.head}",
+    ):
         values |= PRESETS.get(row, {})
-    if kind == "imagenet" and args.init is None:
-        values["patch"] = VITS[model or "base"]["patch_size"]
     if args.init is None:
         values["layer_decay"] = 1.0                                   # from scratch all layers learn alike
-    if args.labels and args.task != "segment":
+    if args.labels and task != "segment":
         values |= dict(batch=20, updates=1000)
     return values
 
@@ -901,29 +869,29 @@ def preset(args, kind):
 def options():
     """→ mae.py's parser."""
     parser = shared_options("Pre-trains a masked autoencoder, or judges an encoder (--task).")
-    fraction, alpha = number(float, 0, 1), number(float, 0)
-    switch = argparse.BooleanOptionalAction
+    count, fraction = number(int, 0), number(float, 0, 1)
     add = parser.add_argument_group("mae").add_argument
     add("--task", choices=TASKS, default="pretrain", help="what to do")
-    ratio = number(float, 0.01, 0.99)
-    add("--mask-ratio", type=ratio, default=0.75, help="part of the patches that is hidden (paper: 0.75)")
+    add("--mask-ratio", type=fraction, default=0.75, help="part of the patches that is hidden (paper: 0.75)")
     add("--masking", choices=MASKINGS, default="random", help="which patches are hidden (paper: random)")
-    add("--norm-pixels", action=switch, help="predict normalised patches (paper: yes)")
+    add("--norm-pixels", action=argparse.BooleanOptionalAction, help="normalise the targets (paper: yes)")
 
     add = parser.add_argument_group("judging an encoder").add_argument
-    add("--eval", action="store_true", help="only measure the classifier in --init")
-    add("--labels", type=number(int, 1), help="train on this many images of each class; segment: in all")
+    add("--eval", action="store_true", help="only evaluate the classifier or segmenter in --init")
+    add("--labels", type=count, help="train on at most this many images of each class; segment: in all")
     add("--head", choices=("linear", "conv"), default="linear", help="segment: with a frozen encoder, or not")
-    add("--train-blocks", type=number(int, 0), help="fine-tune only the last blocks, this many, and the head")
-    add("--pool", choices=("token", "avg"), help="feature: class token or mean patch token")
+    add("--train-blocks", type=count, help="fine-tune only the last blocks, this many, and the head")
+    add("--pool", choices=("token", "avg"), default="avg", help="feature: class token or mean patch token")
     add("--layer-decay", type=fraction, default=1.0, help="rate of a layer over the next one's (paper: 0.65)")
-    add("--drop-path", type=fraction, default=0.0, help="how often blocks are skipped (paper: 0.1)")
-    add("--label-smoothing", type=fraction, default=0.0, help="part of a target for all classes (paper: 0.1)")
-    add("--mixup", type=alpha, default=0.0, help="alpha of mixup (paper: 0.8)")
-    add("--cutmix", type=alpha, default=0.0, help="alpha of cutmix; with both, one at random (paper: 1.0)")
-    add("--erasing", type=fraction, default=0.0, help="how often a rectangle becomes noise (paper: 0.25)")
     add("--randaugment", type=number(int, 0, 10), default=0, help="magnitude of two changes (paper: 9)")
-    add("--min-lr", type=alpha, default=0.0, help="where the cosine ends (paper: 1e-6)")
+    for name, text in {
+        "--drop-path": "how often blocks are skipped (paper: 0.1)",
+        "--label-smoothing": "part of a target for all classes (paper: 0.1)",
+        "--mixup": "alpha of mixup (paper: 0.8)",
+        "--cutmix": "alpha of cutmix; with both, one at random (paper: 1.0)",
+        "--erasing": "how often a rectangle becomes noise (paper: 0.25)",
+    }.items():
+        add(name, type=fraction, default=0.0, help=text)
     return parser
 
 
