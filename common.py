@@ -8,6 +8,7 @@ K classes, b images in a micro-batch.
 """
 
 import argparse
+import atexit
 import functools
 import inspect
 import itertools
@@ -340,7 +341,6 @@ def read_checkpoint(path):
         raise UserError(f"{path}: {error}")
     except Exception as error:
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__})")
-
 
 
 RENAMES = {                          # Hugging Face's parameter names, old and new → timm's; the order matters
@@ -738,8 +738,9 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     if args.patch is None:                                            # up to 12 patches in the shorter side
         args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), 16)
     if args.size is None:
-        sides = [side - side % args.patch for side in sides]
+        sides = [max(args.patch, side - side % args.patch) for side in sides]
     args.size = tuple(sides)
+    run.print(f"images of {sides[0]}×{sides[1]} pixels in patches of {args.patch}×{args.patch}")
 
     # Pixels are normalised by the mean and standard deviation of each channel: those given, or those the
     # dataset names, or else those of some 500 of its images.
@@ -751,8 +752,10 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
             mean = pixels.mean(dim=1).tolist()
             std = pixels.std(dim=1).clamp(min=1).tolist()             # a channel may be the same everywhere
         args.mean, args.std = args.mean or mean, args.std or std
-    if len(args.mean) != args.in_chans:
-        raise UserError(f"the images have {args.in_chans} channels; --mean or --init is for {len(args.mean)}")
+    for numbers in (args.mean, args.std):
+        if len(numbers) != args.in_chans:
+            raise UserError(
+                f"the images have {args.in_chans} channels; --mean, --std or --init is for {len(numbers)}")
 
     # Images that are small at --size are read once and for all: decoding a photo takes longer than a
     # training step of a small model.
@@ -763,9 +766,10 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
 
 
 def in_memory(dataset, run):
-    """→ the images of a dataset at --size, in memory."""
-    run.print(f"reading {len(dataset)} images into memory")
-    plan = ((ids, 0) for ids in spread(len(dataset)).split(100))
+    """→ the images of a dataset at --size, in memory; at most --limit of them."""
+    ids = spread(len(dataset), run.args.limit)
+    run.print(f"reading {len(ids)} images into memory")
+    plan = ((part, 0) for part in ids.split(100))
     parts = zip(*file_batches(dataset, plan, run, view_transform(run.args, train=False)))
     images, labels = map(torch.cat, parts)
     return Images(images, labels, getattr(dataset, "classes", range(labels.max() + 1)))
@@ -868,6 +872,14 @@ def ignore_signals(worker):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register
+def kill_workers():
+    """Ends worker processes together with the program: they ignore a friendlier signal."""
+    signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)  # torch would call it a crash
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def file_batches(dataset, plan, run, transform):
     """Worker processes read and crop the images of the next batches while the device computes with this
     one."""
@@ -956,13 +968,13 @@ def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
 
 
 def decay_groups(model, weight_decay, lr_scale=lambda name: 1.0):
-    """→ parameter groups for AdamW. Biases, norms, class token, mask token and positions are not decayed
+    """→ parameter groups for AdamW. Biases, norms, class token and mask token are not decayed
     [not in the paper: MAE's code spares what has one dimension; its tokens have three, and so are decayed].
     lr_scale(name) is the part of the learning rate that a parameter gets."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
+            spared = parameter.ndim < 2 or name.endswith("_token")
             key = (0.0 if spared else weight_decay, lr_scale(name))
             groups.setdefault(key, []).append(parameter)
     return [dict(params=members, weight_decay=decay, lr_scale=scale)
@@ -978,7 +990,9 @@ class Run:
         self.args = args
         # Nothing is lost to a forgotten --out: ask before anything takes time.
         if os.path.exists(f"{args.out}/args.json") and not args.resume and not args.overwrite:
-            raise UserError(f"{args.out} holds a run: --resume continues it, --overwrite replaces it")
+            raise UserError(
+                f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
+                f"--overwrite replaces it")
         self.step = 0
         self.seconds = 0.0                                            # of training, over all resumed parts
         self.signal = 0                                          # the number of the signal that stops the run
@@ -1233,12 +1247,10 @@ def entry(main):
         code, message = 130, "interrupted"
     except SystemExit as stop:
         code = stop.code or 0
-    finally:
-        for worker in multiprocessing.active_children():              # which ignore a friendlier signal
-            worker.kill()
     if message:
         print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
+        kill_workers()
         os._exit(code)                                                # other processes may have gone already
     sys.exit(code)
 
@@ -1323,6 +1335,8 @@ def parse_args(parser, script, preset, arguments=None):
     evaluation = args.out is None and task != parser.get_default("task")
     if evaluation:
         out += f"-{task}"
+        if getattr(args, "eval", False):                              # it must not replace what it evaluates
+            out += "-eval"
 
     # The values that are not given on the command line. Without args.json this run has not begun: AutoMAE
     # and MRA first train something in a folder inside OUT, and that run resumes by itself.
@@ -1337,9 +1351,9 @@ def parse_args(parser, script, preset, arguments=None):
     args.out, args.resume = out, resume
     args.size = args.size and to_pair(args.size)
 
-    # A finished evaluation may be replaced.
-    if evaluation and os.path.exists(f"{out}/log.jsonl"):
-        args.overwrite = args.overwrite or '"task"' in pathlib.Path(out, "log.jsonl").read_text()
+    # An evaluation that has trained nothing may be replaced.
+    if evaluation and not os.path.exists(f"{out}/last.pt"):
+        args.overwrite = True
     for name, value in values.items():
         if args.resume and getattr(args, name) != value and name not in MAY_CHANGE:
             raise UserError(f"the run in {out} has --{name.replace('_', '-')} {value}: leave it out")

@@ -32,18 +32,18 @@ Details that matter
     1e-6 is added to it.
  6. The peak learning rate is --lr × batch / 256: 2.4e-3 for the paper's batch of 4096.
  7. LayerNorm's eps is 1e-6, as in MAE's code and timm. PyTorch's default is 1e-5.
- 8. The patch projection is initialised as the linear layer it is, not as a convolution.
+ 8. The patch projection is initialised like a linear layer over a patch's pixels, not as a convolution.
  9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts; hiding
     patches is augmentation enough.
 10. Random numbers start anew in every step, from (seed, step). So a resumed run ends with the same weights
     as one that was not interrupted [not in the paper]. OUT/last.pt is written every half minute, or less
-    often where that takes long (2 % of the time at most). If the machine dies, what came after it is lost:
-    `python mae.py --resume`, with the same --out if it was given, goes on from there. All other options come
-    from the checkpoint.
+    often where that takes long (2 % of the time at most). If the machine dies, the steps since then are lost:
+    the same command with --resume goes on from there (--out and --task are needed, all other options come
+    from the checkpoint).
 11. Fine-tuning reads the mean of the patch tokens through a new norm. The linear probe reads the class token,
     but in the small presets the mean patch token [not in the paper].
-12. --task segment reads the last four blocks through one convolution, or three [not in the paper, which uses
-    UperNet].
+12. --task segment reads the last four blocks through one convolution, or with --head conv three [not in the
+    paper, which uses UperNet].
 """
 
 import argparse
@@ -91,9 +91,9 @@ def block_noise(batch, grid, device, rectangles=24):
     # Like BEiT's, a rectangle covers 8 to 40 % of the patches, and its sides are in a ratio of 0.3 to
     # 1/0.3. It may reach over the border [not in the paper].
     rows, columns = grid
-    area, aspect, y, x = torch.rand(4, batch, rectangles, 1, 1, device=device)
-    area = rows * columns * (0.08 + 0.32 * area)
-    aspect = 0.3 ** (2 * aspect - 1)
+    u, v, y, x = torch.rand(4, batch, rectangles, 1, 1, device=device)
+    area = rows * columns * (0.08 + 0.32 * u)
+    aspect = 0.3 ** (2 * v - 1)
     height, width = (area * aspect).sqrt(), (area / aspect).sqrt()
     row = torch.arange(rows, device=device)[:, None] + 0.5
     column = torch.arange(columns, device=device) + 0.5
@@ -101,8 +101,8 @@ def block_noise(batch, grid, device, rectangles=24):
     inside_columns = (column - columns * x).abs() < width / 2
     covered = inside_rows & inside_columns                            # (B, rectangles, h, w)
 
-    # The first rectangle gets the highest numbers. The one that would hide too much is cut in reading
-    # order, which makes the count exact [not in the paper].
+    # The first rectangle gets the highest numbers. Of the one that would hide too much, the first patches in
+    # reading order stay visible, which makes the count exact [not in the paper].
     rank = torch.arange(rectangles, 0, -1, device=device)
     covered = covered * rank[:, None, None]
     order = torch.linspace(0, 0.9, rows * columns, device=device)
@@ -120,7 +120,8 @@ def hide(noise, visible):
         raise UserError(f"{visible} of {noise.shape[1]} patches would be visible: change the mask ratio")
     # Sorting by noise shuffles the patches: visible ones first. Sorting that permutation inverts it:
     # ids_restore[i] is the place of patch i in the shuffled order. Without it neither the decoder nor the
-    # loss would know which prediction belongs to which patch.
+    # loss would know which prediction belongs to which patch. For example, noise .9 .1 .5 gives ids_shuffle
+    # 1 2 0 and ids_restore 2 0 1.
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     mask = (ids_restore >= visible).float()
@@ -332,7 +333,7 @@ def draw(model, dataset, run, count=10):
 
 def labelled_ids(dataset, limit=None, seed=0, per_class=None):
     """→ numbers (m,) of at most `limit` labelled images, in random order; of those at most per_class of each
-    class, if it is given. Raises UserError if there are no two classes."""
+    class, if it is given. Raises UserError if there are fewer than two classes."""
     labels = labels_of(dataset or []).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
@@ -470,7 +471,7 @@ def make_classifier(args, vit, num_classes):
     """Gives a ViT a new head, and lets only what --task trains have gradients. With --eval the ViT stays as
     it is. Raises UserError if it then has no head for so many classes."""
     if args.eval:
-        if vit.num_classes != num_classes:
+        if vit.num_classes != num_classes or vit.classes not in (None, args.classes):
             raise UserError(f"{args.init} is no classifier of these classes: train one first, without --eval")
         return
     vit.head = nn.Linear(vit.embed_dim, num_classes)
@@ -653,8 +654,8 @@ person pottedplant sheep sofa train tvmonitor"""
 @dataclass
 class Maps:
     """Pairs (image file, file with the class of every pixel) as a dataset for segmentation. first: the
-    number of class 0 in the files; lower ones and 255 mean that nobody knows the class. Raises UserError for
-    a map of another size than its image, or with a label beyond the classes."""
+    number in the files that means class 0; lower ones and 255 mean that nobody knows the class. Raises
+    UserError for a map of another size than its image, or with a label beyond the classes."""
 
     pairs: list
     classes: list
@@ -669,7 +670,8 @@ class Maps:
         labels = torch.from_numpy(np.array(Image.open(map_path)))
         fits = labels.dtype == torch.uint8 and labels.shape == image.shape[1:]
         if not fits or (labels[labels < 255] >= self.first + len(self.classes)).any():
-            raise UserError(f"{map_path} is no map of {len(self.classes)} classes in the size of its image")
+            raise UserError(
+                f"{map_path} is no grey 8-bit map of {len(self.classes)} classes in the size of its image")
         return image, labels.where(labels == 255, labels - self.first)  # in uint8, 0 − 1 is 255: unknown
 
 
@@ -833,7 +835,7 @@ PRESETS = {
         layer_decay=0.65, drop_path=0.1, label_smoothing=0.1,
         mixup=0.8, cutmix=1.0, randaugment=9, erasing=0.25, crop=0.08,
     ),
-    "imagenet probe 1024": dict(epochs=50),
+    "imagenet probe 1024": dict(epochs=50),                           # ViT-L, and 1280 is ViT-H
     "imagenet probe 1280": dict(epochs=50),
     "imagenet finetune 1024": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "imagenet finetune 1280": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
@@ -869,7 +871,7 @@ def preset(args, kind):
 def options():
     """→ mae.py's parser."""
     parser = shared_options("Pre-trains a masked autoencoder, or judges an encoder (--task).")
-    count, fraction = number(int, 0), number(float, 0, 1)
+    fraction = number(float, 0, 1)
     add = parser.add_argument_group("mae").add_argument
     add("--task", choices=TASKS, default="pretrain", help="what to do")
     add("--mask-ratio", type=fraction, default=0.75, help="part of the patches that is hidden (paper: 0.75)")
@@ -878,11 +880,11 @@ def options():
 
     add = parser.add_argument_group("judging an encoder").add_argument
     add("--eval", action="store_true", help="only evaluate the classifier or segmenter in --init")
-    add("--labels", type=count, help="train on at most this many images of each class; segment: in all")
+    add("--labels", type=number(int, 1), help="train on so many images of each class; segment: in all")
     add("--head", choices=("linear", "conv"), default="linear", help="segment: with a frozen encoder, or not")
-    add("--train-blocks", type=count, help="fine-tune only the last blocks, this many, and the head")
+    add("--train-blocks", type=number(int, 0), help="fine-tune only the last blocks, this many, and the head")
     add("--pool", choices=("token", "avg"), default="avg", help="feature: class token or mean patch token")
-    add("--layer-decay", type=fraction, default=1.0, help="rate of a layer over the next one's (paper: 0.65)")
+    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate: the next one's times this (paper: 0.65)")
     add("--randaugment", type=number(int, 0, 10), default=0, help="magnitude of two changes (paper: 9)")
     for name, text in {
         "--drop-path": "how often blocks are skipped (paper: 0.1)",

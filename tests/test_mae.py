@@ -673,6 +673,19 @@ def test_classifiers_learn_and_their_best_checkpoint_keeps_its_accuracy(task, fl
     assert classifier.classes == ["0", "1", "2"] and classifier(torch.randn(2, 3, 32, 32)).shape == (2, 3)
 
 
+def test_without_out_nothing_trained_is_replaced(cli, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task", "finetune", "--limit", 40, "--epochs", 1, "--init", f"{trained}/last.pt"]
+    flags += ["--batch", 20]
+    best = tmp_path / "runs/mae-finetune/best.pt"
+    assert cli(*flags)[0] == 0
+    weights = best.read_bytes()
+    evaluation = ["--task", "finetune", "--eval", "--limit", 40, "--init", best]
+    assert [cli(*evaluation)[0] for _ in range(2)] == [0, 0] and cli(*flags)[0] == 2
+    assert best.read_bytes() == weights
+    assert cli(*flags, "--overwrite")[0] == 0
+
+
 @pytest.mark.parametrize("task", ["probe", "finetune", "segment"])
 def test_a_stopped_task_resumes_to_the_same_classifier(task, trained, tmp_path, cli, monkeypatch):
     flags = ["--task", task, *TASK, "--limit", 40, "--mixup", 0.8, "--drop-path", 0.5, "--randaugment", 5]
