@@ -884,7 +884,7 @@ def options():
     add("--head", choices=("linear", "conv"), default="linear", help="segment: with a frozen encoder, or not")
     add("--train-blocks", type=number(int, 0), help="fine-tune only the last blocks, this many, and the head")
     add("--pool", choices=("token", "avg"), default="avg", help="feature: class token or mean patch token")
-    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate: the next one's times this (paper: 0.65)")
+    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate over the next's (paper: 0.65)")
     add("--randaugment", type=number(int, 0, 10), default=0, help="magnitude of two changes (paper: 9)")
     for name, text in {
         "--drop-path": "how often blocks are skipped (paper: 0.1)",
