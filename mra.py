@@ -21,11 +21,15 @@ then cannot rely on details of the background.
     python mra.py --task semi                 # few labels, many images; also --task fewshot, occlusion
     torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
-Measured with an earlier draft, seed 0, one thread, the augmentor trained apart: a classifier trained
-without MRA has an accuracy of 0.944 and gives the true class a probability of 0.901. With 40 % of every
-image painted, it has 0.739 and 0.646 (low), 0.708 and 0.633 (random), 0.716 and 0.634 (high). These lie
-close together because of detail 7: this augmentor's attention does not find the objects. low leaves 0.56 of
-them visible, random 0.59, high 0.61.
+Measured with the first command, seed 0, one thread of an AMD EPYC: a classifier trained without MRA has an
+accuracy of 0.944 and gives the true class a probability of 0.901. With 40 % of every image painted, it has
+0.913 and 0.852 (low), 0.691 and 0.622 (random), 0.317 and 0.277 (high). So the class stays if what is
+attended to stays. low leaves 0.86 of the objects visible, random 0.59, high 0.24. But one map for all images
+would leave 0.93 (detail 7).
+
+Training on painted images did not help. CIFAR-10, 25 labels a class, a classifier that over-fits, seeds 3, 4
+and 5: 0.399 0.402 0.392 without MRA, 0.388 0.394 0.379 with --augment mra --apply 0.5. notebooks/mra.ipynb
+has the commands.
 
 Details that matter
  1. The augmentor predicts pixels as they are, not normalised: its output is an image [not in the paper].
@@ -38,8 +42,9 @@ Details that matter
  5. MRA works after crop and flip, on whole batches on the device, without gradients.
  6. The augmentor is trained on the crops that it will paint: the same --crop [not in the paper].
  7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
-    to the background, and in a small augmentor their mean can prefer either. "low" then hides the object.
-    The end of the augmentor's training measures this where objects are known.
+    to the background, or to the same places in every image (as on CIFAR-10), and in a small augmentor their
+    mean can prefer anything. "low" then hides the object. The end of the augmentor's training measures this
+    where objects are known.
  8. FixMatch's strong view is another crop of the image than the weak view.
  9. FixMatch's loss is a mean over all unlabelled images. Those that are not sure enough count as 0.
 10. What is evaluated after FixMatch is the moving average of the weights, batch norm's statistics included.
@@ -50,8 +55,8 @@ import copy
 import os
 
 from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, labels_of, learning_rate,
-    load_decoder, load_encoder, number, parse_args, patchify, prepare_data, read_checkpoint,
+    VITS, Decoder, ImageFolder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, labels_of,
+    learning_rate, load_decoder, load_encoder, number, parse_args, patchify, prepare_data, read_checkpoint,
     save_image_rows, shared_options, spread, to_pixels, training_plan, unpatchify)
 
 import torch
@@ -117,8 +122,8 @@ class MRA(nn.Module):
 
     mask_strategy: which patches are hidden; mask_ratio: which part of them; apply: the probability that
     an image is augmented at all. mean, std (C,): how incoming images are normalised, in pixel values 0 …
-    255. [0, 0, 0] and [255, 255, 255] mean images of 0 … 1; left out: as the augmentor's own. Raises
-    UserError for images of another size than the augmentor's.
+    255. [0, 0, 0] and [255, 255, 255] mean images of 0 … 1; left out: as in the augmentor's training.
+    Raises UserError for images of another size than the augmentor's.
     """
 
     def __init__(self, encoder, decoder, mask_strategy="low", mask_ratio=0.4, apply=1.0, mean=None,
@@ -129,11 +134,12 @@ class MRA(nn.Module):
         self.mask_ratio = mask_ratio
         self.probability = apply
 
-        # The augmentor's own normalisation is that of its training. MAE's release does not say: ImageNet's.
-        own_mean = encoder.mean or [123.675, 116.28, 103.53]
-        own_std = encoder.std or [58.395, 57.12, 57.375]
-        numbers = torch.tensor([mean or own_mean, std or own_std, own_mean, own_std])  # (4, C)
-        self.register_buffer("normalisation", numbers[..., None, None], persistent=False)
+        # Images may come in normalised in another way than in the augmentor's training. MAE's release does
+        # not say which way that was: by ImageNet's mean and std, as folders of images are.
+        trained_mean = encoder.mean or ImageFolder.mean
+        trained_std = encoder.std or ImageFolder.std
+        numbers = torch.tensor([mean or trained_mean, std or trained_std, trained_mean, trained_std])
+        self.register_buffer("normalisation", numbers[..., None, None], persistent=False)  # (4, C, 1, 1)
 
     @classmethod
     def load(cls, path, img_size=None, **options):
@@ -147,8 +153,8 @@ class MRA(nn.Module):
 
     def renormalise(self, images):
         """Images as they come in → as the augmentor knows them."""
-        mean, std, own_mean, own_std = self.normalisation             # (C, 1, 1) each
-        return (images * std + mean - own_mean) / own_std
+        mean, std, trained_mean, trained_std = self.normalisation     # (C, 1, 1) each
+        return (images * std + mean - trained_mean) / trained_std
 
     def attention(self, images):
         """images (B, C, H, W) → (B, N): how much the class token attends to each patch (detail 2)."""
@@ -168,8 +174,8 @@ class MRA(nn.Module):
         images, (B, C, H, W), and where it could not see them, bool (B, 1, H, W)."""
         _, prediction, mask = self.autoencoder(self.renormalise(images), noise, mask_ratio)
         painted = unpatchify(prediction, self.autoencoder.encoder.patch_size, images.shape[2:])
-        mean, std, own_mean, own_std = self.normalisation
-        pixels = (painted * own_std + own_mean).clamp(0, 255)         # detail 4
+        mean, std, trained_mean, trained_std = self.normalisation
+        pixels = (painted * trained_std + trained_mean).clamp(0, 255)  # detail 4
         return ((pixels - mean) / std).to(images.dtype), self.per_pixel(mask) > 0
 
     @torch.no_grad()
@@ -185,12 +191,11 @@ class MRA(nn.Module):
         return torch.where(chosen & hidden, painted, images)
 
     def drop(self, images):
-        """images (B, C, H, W) → the same with a part of their patches in the mean colour, for --task
+        """images (B, C, H, W) → the same with hidden patches in the mean colour, not painted, for --task
         occlusion."""
         noise = STRATEGIES[self.mask_strategy](self.attention(images))  # (B, N)
-        dropped = round(self.mask_ratio * noise.shape[1])
-        _, _, mask = hide(noise, noise.shape[1] - dropped)
-        return torch.where(self.per_pixel(mask) > 0, 0.0, images)
+        _, hidden = self.paint(images, noise, self.mask_ratio)
+        return torch.where(hidden, 0.0, images)
 
 
 def new_classifier(args):
@@ -200,12 +205,10 @@ def new_classifier(args):
         model = torchvision.models.get_model(args.classifier, num_classes=args.num_classes)
         return nn.Sequential(v2.RGB(), model)                         # makes three channels of one
     layers = []
-    channels = args.in_chans
-    for width in (32, 32, 64, 64):
-        layers += [torchvision.ops.Conv2dNormActivation(channels, width), nn.MaxPool2d(2)]
-        channels = width
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, args.num_classes)]
-    return nn.Sequential(*layers)
+    widths = (args.in_chans, 32, 32, 64, 64)
+    for pair in zip(widths, widths[1:]):
+        layers += [torchvision.ops.Conv2dNormActivation(*pair), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, args.num_classes))
 
 
 # ----------------------------------------------------------------------------------------- one training step
@@ -268,39 +271,36 @@ def draw(mra, dataset, run):
     """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategies and mask
     ratios. Where the data know their objects, says and logs which part of them stays visible."""
     args = run.args
+    path = f"{args.out}/augmentation.png"
     images, _, masks = next(batches(dataset, [(spread(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
-    noises = {name: strategy(attention) for name, strategy in STRATEGIES.items()}
+    brightness = mra.per_pixel(attention / attention.amax(1, keepdim=True))
+    rows = {"image": images, "attention: the image fades where it is low": images * brightness}
+
     # One map for all images knows where objects mostly are. Attention has to do better (detail 7).
+    noises = {name: strategy(attention) for name, strategy in STRATEGIES.items()}
     noises["mean map"] = -attention.mean(0).expand_as(attention)
     cases = [(name, args.mask_ratio) for name in noises]
-    cases += [("low", 0.2), ("low", 0.6), ("low", 0.8)]
-
-    rows, kept = {}, {}
-
-    def show(title, view):
-        rows[title] = to_pixels(view[:10], args)
-
-    show("image", images)
-    visibility = mra.per_pixel(attention / attention.amax(1, keepdim=True))
-    show("attention: the image fades where it is low", images * visibility)
-    for name, ratio in cases:
+    kept = {}
+    for name, ratio in cases + [("low", 0.2), ("low", 0.6), ("low", 0.8)]:
         case = f"{name}, {ratio:.0%}"
         painted, hidden = mra.paint(images, noises[name], ratio)
-        show(f"{case}: hidden", torch.where(hidden, 0.0, images))
-        show(f"{case}: reconstruction", painted)
-        show(f"{case}: augmented", torch.where(hidden, painted, images))
+        rows[f"{case}: hidden"] = torch.where(hidden, 0.0, images)
+        rows[f"{case}: reconstruction"] = painted
+        rows[f"{case}: augmented"] = torch.where(hidden, painted, images)
         if masks is not None:
             kept[case] = 1 - hidden[:, 0][masks].float().mean().item()
             run.print(f"{case} hidden: {kept[case]:.2f} of the objects stays visible")
-    save_image_rows(f"{args.out}/augmentation.png", rows)
-    run.print(f"images: {args.out}/augmentation.png")
+    save_image_rows(path, {title: to_pixels(view[:10], args) for title, view in rows.items()})
+    run.print(f"images: {path}")
     if kept:
         run.write_log(step=run.step, object_kept=kept)
         low, random, _, mean_map, *_ = kept.values()
-        if low < 0.02 + max(random, mean_map):
+        if low < random + 0.02:
             run.print("attention finds the objects no better than chance, so MRA hides them, too: train the "
                       "augmentor longer, or with another --seed")
+        elif low < mean_map:
+            run.print("attention finds the objects, but one map for all images would keep more of them")
 
 
 def run_first(function, args, folder, train, val, **changes):
@@ -389,10 +389,13 @@ def augment(args, mra, images, labels=None):
     return images, labels
 
 
-def fixmatch_loss(weak, strong, threshold):
+UNLABELLED = 7                                       # FixMatch: images without a label for each labelled one
+
+
+def fixmatch_loss(weak, strong, threshold=0.95):
     """Scores of two views (B, K) → loss (), part of the images that count (). Where the classifier is
     sure of the weak view, the class it finds there is the target for the strong view (FixMatch,
-    2001.07685, equation 4)."""
+    2001.07685, equation 4; its threshold)."""
     confidence, pseudo_labels = weak.detach().softmax(-1).max(-1)
     sure = (confidence >= threshold).float()
     errors = F.cross_entropy(strong, pseudo_labels, reduction="none")
@@ -414,7 +417,7 @@ def classify(args, train=None, val=None):
     --task supervised: on augmented images, all that have labels, --labels of each class, or a long tail
     (--imbalance). --task semi: FixMatch, which learns from --labels images of each class, and from all
     images without their labels. --task fewshot: as supervised, but without the last --held-out classes,
-    which are then recognised from --shots images each.
+    which are then recognised from one or five images each.
     """
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
@@ -427,9 +430,7 @@ def classify(args, train=None, val=None):
     mra = None
     if "mra" in args.augment or args.data is None:                    # scenes: judged in any case
         mra = make_augmentor(args, run, train, val)
-    rand_augment = None
-    if "randaugment" in args.augment:
-        rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11)
+    rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
 
     torch.manual_seed(args.seed)
     model = new_classifier(args)
@@ -438,14 +439,14 @@ def classify(args, train=None, val=None):
     wrapped = run.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
 
-    # A step sees --batch labelled images. FixMatch adds --unlabelled times as many without labels, in two
+    # A step sees --batch labelled images. FixMatch adds UNLABELLED times as many without labels, in two
     # views. The strong view has another seed, so it is another crop (detail 8).
     all_ids = spread(len(train), args.limit)
-    count = len(all_ids) // args.unlabelled if semi else len(ids)
+    count = len(all_ids) // UNLABELLED if semi else len(ids)
     run.start(count, classifier=average, model=model, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True, augment=None if semi else rand_augment)
-    strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, args.unlabelled))
-    weak_loader = batches(train, training_plan(all_ids, run, args.unlabelled), run, train=True)
+    strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, UNLABELLED))
+    weak_loader = batches(train, training_plan(all_ids, run, UNLABELLED), run, train=True)
     strong_loader = batches(train, strong_plan, run, train=True, augment=rand_augment)
 
     def loss_of(images, labels):
@@ -460,7 +461,7 @@ def classify(args, train=None, val=None):
         strong, _ = augment(args, mra, strong)
         scores = wrapped(torch.cat([images, weak, strong]))
         weak, strong = scores[len(images):].chunk(2)
-        unlabelled_loss, sure = fixmatch_loss(weak, strong, args.threshold)
+        unlabelled_loss, sure = fixmatch_loss(weak, strong)
         run.log(unlabelled_loss=unlabelled_loss, sure=sure)
         return F.cross_entropy(scores[:len(images)], labels) + unlabelled_loss
 
@@ -469,16 +470,15 @@ def classify(args, train=None, val=None):
         if semi:
             update_average(average, model, args.ema)
         if run.ends_epoch(step, cost=len(val_ids)):
-            top1, _, _ = evaluate(average, val, val_ids, run)
+            result, _ = evaluate(average, val, val_ids, run)
+            run.log(top1=result["top1"])
             model.train()
-            run.log(top1=top1)
 
     if args.task == "fewshot":
         result = evaluate_episodes(average, mra, val, classes, run)
-        classes = args.ways                                           # among so many an episode chooses
+        classes = WAYS                                                # among so many an episode chooses
     else:
-        top1, confidence, per_class = evaluate(average, val, val_ids, run)
-        result = dict(top1=top1, confidence=confidence)
+        result, per_class = evaluate(average, val, val_ids, run)
         if args.imbalance > 1:
             result |= by_size(per_class, labels_of(train)[ids].bincount(minlength=classes))
         if mra is not None:
@@ -487,9 +487,8 @@ def classify(args, train=None, val=None):
                 draw(mra, val, run)
             mra.probability = 1.0
             for mra.mask_strategy in STRATEGIES:
-                top1, confidence, _ = evaluate(average, val, val_ids, run, mra.forward)
-                result[f"top1_painted_{mra.mask_strategy}"] = top1
-                result[f"confidence_painted_{mra.mask_strategy}"] = confidence
+                painted, _ = evaluate(average, val, val_ids, run, mra.forward)
+                result |= {f"{name}_painted_{mra.mask_strategy}": value for name, value in painted.items()}
     if args.baseline and "mra" in args.augment:
         # FixMatch needs a strong view: without MRA it is RandAugment's, as in the original.
         rest = [name for name in args.augment if name != "mra"] or ["randaugment" if semi else "none"]
@@ -505,8 +504,8 @@ def classify(args, train=None, val=None):
 
 @torch.no_grad()
 def evaluate(model, dataset, ids, run, change=lambda images: images):
-    """A classifier, and a change of images before it → accuracy, confidence (mean probability of the true
-    class) and accuracy of each class, over all images and processes."""
+    """A classifier, and a change of images before it → accuracy "top1" and "confidence" (mean probability of
+    the true class), and the accuracy of each class (K,), over all images and processes."""
     model.eval()
     totals = torch.zeros(3, run.args.num_classes, device=run.device)
     plan = [(part, 0) for part in ids[run.rank::run.world].split(250)]
@@ -520,17 +519,20 @@ def evaluate(model, dataset, ids, run, change=lambda images: images):
     if run.world > 1:
         dist.all_reduce(totals)
     top1, confidence, _ = (totals.sum(1) / len(ids)).tolist()
-    return top1, confidence, (totals[0] / totals[2].clamp(1)).cpu()
+    return dict(top1=top1, confidence=confidence), (totals[0] / totals[2].clamp(1)).cpu()
 
 
-def episodes(labels, ways, shots, queries, count=600):
+WAYS = 5                                              # classes of an episode, as in all papers on few labels
+
+
+def episodes(labels, ways, shots, queries=15, count=600):
     """labels (M,) → support (E, ways, shots) and query (E, ways, queries): image numbers of `count` small
     tasks, in each of which no image comes twice. Raises UserError if there are too few classes or
     images."""
     members = (labels == labels.unique()[:, None]).float()            # (K, M), 1 where image m is of class k
     if len(members) < ways or members.sum(1).min() < shots + queries:
         raise UserError(f"{len(members)} classes held out are too few or too small for episodes of {ways} "
-                        f"with {shots} + {queries} images: change --held-out, --ways or --queries")
+                        f"with {shots} + {queries} images: change --held-out")
     tasks = []
     for _ in range(count):
         classes = torch.randperm(len(members))[:ways]
@@ -549,9 +551,9 @@ def nearest_centroid(support, query):
 
 @torch.no_grad()
 def evaluate_episodes(model, mra, dataset, first, run):
-    """→ mean accuracy of 600 episodes and half its 95 % interval, for each of --shots; top1 is the accuracy
-    with the last of these. The classes are those from `first` on, which the classifier was not trained
-    on."""
+    """→ mean accuracy of 600 episodes and half its 95 % interval, with one labelled image of each class and
+    with five; top1 is the accuracy with five. The classes are those from `first` on, which the classifier
+    was not trained on."""
     args = run.args
 
     # Features are what the last linear layer receives.
@@ -573,9 +575,9 @@ def evaluate_episodes(model, mra, dataset, first, run):
     features = torch.cat(features)                                    # (M, 1 or 2 views, D)
 
     result = {}
-    for shots in args.shots:
+    for shots in (1, 5):
         torch.manual_seed(args.seed)                                  # the same episodes for all classifiers
-        support, query = episodes(labels, args.ways, shots, args.queries)
+        support, query = episodes(labels, WAYS, shots)
         views = features[support].flatten(2, 3)                       # (E, ways, shots · views, D)
         accuracy = nearest_centroid(views, features[query, 0])        # (E,)
         result["top1"] = result[f"shots_{shots}"] = accuracy.mean().item()
@@ -607,8 +609,8 @@ def occlusion(args, train=None, val=None):
             curve = []
             for tenth in range(10):
                 mra.mask_ratio = tenth / 10
-                top1, _, _ = evaluate(model, val, val_ids, run, mra.drop)
-                curve.append(round(top1, 4))
+                result, _ = evaluate(model, val, val_ids, run, mra.drop)
+                curve.append(round(result["top1"], 4))
             run.print(f"{path}, {mra.mask_strategy}, 0 … 90 % dropped: {curve}")
             run.write_log(task=args.task, compare=path, strategy=mra.mask_strategy, accuracy=curve)
 
@@ -677,15 +679,7 @@ def options():
     add("--labels", type=count, help="labelled images of each class")
     add("--imbalance", type=count, default=1,
         help="long tail: images of the first class over those of the last")
-    add("--unlabelled", type=count, default=7,
-        help="semi: unlabelled images for each labelled one (FixMatch: 7)")
-    add("--threshold", type=fraction, default=0.95,
-        help="semi: how sure the classifier has to be (FixMatch: 0.95)")
     add("--held-out", type=count, help="fewshot: classes that are not trained on; left out: half of them")
-    add("--ways", type=count, default=5, help="fewshot: classes of an episode")
-    add("--shots", type=count, nargs="+", default=[1, 5],
-        help="fewshot: labelled images of each class")
-    add("--queries", type=count, default=15, help="fewshot: test images of each class")
     add("--compare", nargs="+", default=[], help="occlusion: last.pt of the classifiers")
     return parser
 

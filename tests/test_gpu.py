@@ -40,7 +40,7 @@ TASKS = [
     "mae --task finetune --eval --init {root}/classifier/best.pt",
     "mra --task augmentor",
     "mra --task semi --labels 2" + AUGMENTOR,
-    "mra --task fewshot --labels 5 --shots 1 --queries 1" + AUGMENTOR,
+    "mra --task fewshot --labels 5 --limit 400" + AUGMENTOR,
     "mra --task occlusion --compare {root}/mra/last.pt" + AUGMENTOR,
 ]
 
