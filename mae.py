@@ -30,7 +30,8 @@ Details that matter
  4. The loss is the mean over hidden patches only. Visible ones are easy to copy and teach nothing.
  5. The target is each patch normalised by its own mean and variance; the variance is the unbiased one, and
     1e-6 is added to it.
- 6. The peak learning rate is --lr × batch / 256: 2.4e-3 for the paper's batch of 4096.
+ 6. The peak learning rate is --lr × batch / 256: 2.4e-3 for the paper's batch of 4096. Weight decay spares
+    biases, norms, class token and mask token [not in the paper].
  7. LayerNorm's eps is 1e-6, as in MAE's code and timm. PyTorch's default is 1e-5.
  8. The patch projection is initialised like a linear layer over a patch's pixels, not as a convolution.
  9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts; hiding
@@ -52,10 +53,10 @@ import pathlib
 from dataclasses import dataclass
 
 from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, Images, Run, UserError, ViT, batches, decay_groups, entry, fill, gather_tokens, labels_of,
-    learning_rate, load_decoder, load_encoder, number, open_data, parse_args, patchify, prepare_data,
-    read_checkpoint, read_image, save_image_rows, shared_options, spread, to_pixels, training_plan,
-    unpatchify)
+    VITS, Decoder, Images, Run, UserError, ViT, batches, decay_groups, entry, fill, gather_tokens, is_image,
+    labels_of, learning_rate, load_decoder, load_encoder, number, open_data, parse_args, patchify,
+    prepare_data, read_checkpoint, read_image, save_image_rows, shared_options, spread, to_pixels,
+    training_plan, unpatchify)
 
 import numpy as np
 import torch
@@ -165,8 +166,9 @@ class MAE(nn.Module):
             noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
         ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
 
-        # The encoder runs on a quarter of the tokens. This line is where the paper's threefold speed-up
-        # comes from, and why no mask token ever reaches the encoder (detail 3).
+        # Hidden patches are dropped here: of every image only the n tokens in ids_keep go on. The encoder
+        # puts its class token before them and sees nothing else, a quarter of all tokens. This line is where
+        # the paper's threefold speed-up comes from; no mask token ever reaches the encoder (detail 3).
         latent = self.encoder.encode(gather_tokens(tokens, ids_keep))  # (B, 1+n, D), class token first
 
         # The decoder puts its mask token wherever a patch was hidden, brings all tokens back into the
@@ -697,7 +699,7 @@ def open_maps(args):
 
     parts = []
     for part in ("training", "validation"):
-        images = sorted(pathlib.Path(args.data, "images", part).glob("*.*"))
+        images = sorted(filter(is_image, pathlib.Path(args.data, "images", part).glob("*")))
         if not images:
             raise UserError(f"there is no image in {args.data}/images/{part}")
         parts.append([(path, f"{args.data}/annotations/{part}/{path.stem}.png") for path in images])
