@@ -920,8 +920,6 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
     source = file_batches
     if isinstance(dataset, Images) and augment is None:
         source = memory_batches
-        if not train:
-            transform = transform or v2.Resize(args.size)             # all of the image
     transform = transform or view_transform(args, train, augment)
 
     # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device.
