@@ -20,18 +20,18 @@ is a plain vision transformer.
     torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt    # the paper's recipe
     python mae.py --task probe --init runs/automae/last.pt      # what is the encoder worth?
 
-Measured with --masking learned, random and boxes, seeds 0, 1, 2, one thread of an AMD EPYC: in the last
-epoch objects are highlighted 6.0, 3.2 and 3.4 times as often as background. A map that is the same for all
-images, the mean over a batch, reaches 3.1, 2.9 and 2.9. So with seed 0 the look at the single image doubles
-the ratio; with seeds 1 and 2 nearly all that the generator learns is where objects tend to lie. It depends
-on the prior: that of seed 0 has a head that is 10.5 times as high on objects, no head of the others exceeds
-2.1. Seed 0 reaches 8.5 around step 900, and 5.6 in the last three hundred steps. Better features are not
-shown: a linear classifier on the mean patch token is right for 0.42, 0.40 and 0.43, after as many steps of
-random masks for 0.44, 0.40 and 0.42. With true boxes it is 0.21, 0.21 and 0.21, no better than before
-training. They hide nearly the whole object. In a scene nothing of an object can be inferred from the
-background, so, we think, nothing teaches the encoder about objects, and scenes cannot show what the paper
-says about boxes. Learned masks hide 0.83 to 0.86 of the object and 0.72 of the background, and do no such
-harm.
+Measured with seeds 0, 1, 2, one thread of an AMD EPYC: in the last epoch the generator's probability is 6.0,
+3.2 and 3.4 times as high on objects as on background. A map that is the same for all images, the mean over a
+batch, reaches 3.1, 2.9 and 2.9. So with seed 0 the look at the single image doubles the ratio; with seeds 1
+and 2 nearly all that the generator learns is where objects tend to lie. It depends on the prior: that of seed
+0 has a head that is 10.5 times as high on objects, no head of the others exceeds 2.1.
+
+Better features are not shown: a linear classifier on the mean patch token is right for 0.42, 0.40 and 0.43,
+after as many steps of random masks (--masking random) for 0.44, 0.40 and 0.42. With true boxes it is 0.21,
+0.21 and 0.21, no better than before training. They hide nearly the whole object. In a scene nothing of an
+object can be inferred from the background, so, we think, nothing teaches the encoder about objects, and
+scenes cannot show what the paper says about boxes. Learned masks hide 0.83 to 0.86 of the object and 0.72 of
+the background, and do no such harm.
 
 Details that matter
 1. No layer of the discriminator has a bias. With biases it can answer ½ to everything, and then nothing
@@ -45,8 +45,9 @@ Details that matter
 6. Highlighted patches are hidden more often, not surely: 0.5 is added to their random noise from 0 to 1.
 7. Sorting has no gradient. Two tricks let one pass: the n highest of the soft mask become 1, but keep the
    soft mask's gradient; and every token is multiplied by a 1 that has the gradient of its score.
-8. A box covers 40 to 160 of 14×14 patches, is 4 to 10 wide, and is only 0.5 above noise from 0 to 1; a
-   softmax over all patches follows. Limits grow with the grid [not in the paper].
+8. A box has an area of 40 to 160 of 14×14 patches and is 4 to 10 wide; what would be higher than the grid is
+   cut off. It is only 0.5 above noise from 0 to 1; a softmax over all patches follows. Limits grow with the
+   grid [not in the paper].
 9. The prior is a masked autoencoder of the encoder's size, trained before (800 epochs) and then frozen.
 """
 
@@ -76,7 +77,7 @@ def make_generator(num_heads, grid):
         nn.ReLU(),
         nn.Conv2d(num_heads // 2, 1, 3, padding=1),
         nn.Flatten(),
-        nn.LogSoftmax(dim=1),
+        nn.LogSoftmax(dim=1)
     )
 
 
@@ -218,22 +219,20 @@ def load_prior(args, run, train, val):
         pretrain(argparse.Namespace(**options), train, val)
         if run.world > 1:                                             # until process 0 has written it
             dist.barrier()
-    prior = load_encoder(path, img_size=args.size)
+    prior = load_encoder(path, img_size=args.size, in_chans=args.in_chans)
     args.patch = prior.patch_size                                     # a hint for each patch
     prior.forward = prior.attention_map                               # this is what `wrap` compiles
     return run.wrap(prior.eval().requires_grad_(False))
 
 
 def find_hint(args, prior, images, masks, model):
-    """→ what AutoMAE.forward asks for. Raises UserError if boxes are wanted and masks is None."""
+    """→ what AutoMAE.forward asks for."""
     if args.masking == "learned":
         return prior(images).float()                                  # (B, heads, N)
     if args.masking == "attention":
         return highlight(prior(images).mean(dim=1), model.visible)    # (B, N)
     if args.masking == "random":
         return 0.0
-    if masks is None:
-        raise UserError("--masking boxes needs data with foreground masks, as scenes have")
     return object_boxes(masks, model.encoder.grid)                    # (B, N)
 
 
@@ -242,6 +241,8 @@ def pretrain(args, train=None, val=None):
     --data."""
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
+    if args.masking == "boxes" and getattr(train, "masks", None) is None:
+        raise UserError("--masking boxes needs data with foreground masks, as scenes have")
     prior = generator = None
     if args.masking in ("learned", "attention"):
         prior = load_prior(args, run, train, val)
@@ -286,8 +287,8 @@ def pretrain(args, train=None, val=None):
                 hint = find_hint(args, prior, images, masks, model)
 
             # First the discriminator: boxes should score 1, masks of the generator 0 (details 2, 3 and 4).
-            # With several micro-batches it takes its step before the others see the last one, as in the
-            # authors' code.
+            # With several micro-batches it takes its step after the last of them, but before encoder, decoder
+            # and generator have seen that one, as in the authors' code.
             if generator:
                 fake = F.gumbel_softmax(generator(hint)).detach()
                 real = random_boxes(len(images), encoder.grid, run.device)
@@ -321,10 +322,10 @@ def pretrain(args, train=None, val=None):
     if run.rank == 0:
         draw(model, prior, val or train, run)
     if "static_ratio" in run.history[-1]:
-        text = (
-            "objects are highlighted {foreground_ratio:.1f} times as often as background, by chance 1.0; "
-            "one map for all images, which knows only where they tend to lie: {static_ratio:.1f}")
-        run.print(text.format(**run.history[-1]))
+        run.print((
+            "the generator's probability is {foreground_ratio:.1f} times as high on objects as on the rest; "
+            "that of one map for all images, which knows only where they tend to lie: {static_ratio:.1f}"
+        ).format(**run.history[-1]))
 
 
 @torch.no_grad()
@@ -385,8 +386,7 @@ MINUTES = dict(
     prior_updates=2500,
     updates=2500,
     batch=16,
-    lr=2.4e-2,
-)
+    lr=2.4e-2)
 PRESETS = {
     "scenes": MINUTES,
     "small": MINUTES,

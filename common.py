@@ -736,7 +736,8 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     if args.data is not None and args.size is None:
         sides = to_pair(min(*sides, 224 if run.device.type == "cuda" else 64))
     if args.patch is None:                                            # up to 12 patches in the shorter side
-        args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), 16)
+        largest = 14 if args.model == "huge" else 16
+        args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), largest)
     if args.size is None:
         sides = [max(args.patch, side - side % args.patch) for side in sides]
     args.size = tuple(sides)

@@ -337,9 +337,9 @@ def make_augmentor(args, run, train, val):
 # ------------------------------------------------------------------------------------ training a classifier
 
 def labelled_ids(dataset, classes, limit=None, labels=None, imbalance=1):
-    """→ numbers (m,) of images, in random order, class after class: of each of the first so many classes all
-    that are among `limit` ones, or exactly `labels` of these, or a long tail. Raises UserError if there are
-    too few, or no labels."""
+    """→ numbers (m,) of images, class after class, at random within each: of the first `classes` classes all
+    images among `limit`, or exactly `labels` of each, or a long tail. Raises UserError if there are too few,
+    or no labels."""
     if dataset is None or labels_of(dataset).max() < 1:
         raise UserError("this needs folders train/CLASS and val/CLASS, or a torchvision name; "
                         "without labels there is --task augmentor")
@@ -424,6 +424,8 @@ def classify(args, train=None, val=None):
     args.num_classes = classes = int(labels_of(train).max()) + 1
     if args.task == "fewshot":
         classes -= args.held_out or classes // 2
+        if not 2 <= classes <= args.num_classes - WAYS:
+            raise UserError(f"--held-out: {classes} of {args.num_classes} classes would be left to train on")
     torch.manual_seed(args.seed)
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
@@ -511,7 +513,7 @@ def evaluate(model, dataset, ids, run, change=lambda images: images):
     plan = [(part, 0) for part in ids[run.rank::run.world].split(250)]
     for images, labels, _ in batches(dataset, plan, run):
         with run.autocast:
-            probability = model(change(images)).softmax(1)            # (b, K)
+            probability = model(change(images)).float().softmax(1)    # (b, K)
         correct = probability.argmax(1) == labels
         confidence = probability.gather(1, labels[:, None])[:, 0]
         facts = torch.stack([correct, confidence, torch.ones_like(confidence)])

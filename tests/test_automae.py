@@ -336,7 +336,7 @@ def test_stopped_and_resumed_it_ends_the_same_bit_for_bit(finished, cli, tmp_pat
     for name in ("encoder", "decoder", "generator", "discriminator", "optimizer", "discriminator_optimizer"):
         assert same(dict(found[name]), dict(wanted[name])), name
     ratios = [f"{log_of(here)[-1][name]:.1f}" for name in ("foreground_ratio", "static_ratio")]
-    assert stdout.splitlines()[-1].startswith(f"objects are highlighted {ratios[0]} times")
+    assert stdout.splitlines()[-1].startswith(f"the generator's probability is {ratios[0]} times")
     assert f": {ratios[1]}" in stdout
 
 
