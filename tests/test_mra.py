@@ -460,3 +460,8 @@ def test_bad_input_gets_one_line(options, says, augmentor, tmp_path, cli):
     words = words if "nowhere" in options else [*words, "--augmentor", augmentor]
     code, _, errors = cli(*SHORT, "--labels", 6, "--out", tmp_path / "out", *words)
     assert code == 2 and says in errors.splitlines()[-1] and "Traceback" not in errors
+
+
+def test_a_classifier_is_evaluated_in_bf16(augmentor, tmp_path, cli):
+    words = ["--labels", 6, "--augmentor", augmentor, "--precision", "bf16", "--out", tmp_path / "out"]
+    assert cli(*SHORT, *words)[0] == 0 and 0 <= log_of(tmp_path / "out")[-1]["confidence"] <= 1
