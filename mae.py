@@ -19,7 +19,8 @@ pre-training is about three times as fast as with all of them.
     python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn, segment
 
 Measured with the first command, seed 0, on two cores of an AMD EPYC: 2 min 55 s; a linear classifier on the
-frozen mean patch token is right for 0.61 of new images, before training for 0.22, by chance for 0.10.
+frozen encoder's mean patch token is right for 0.61 of new images, on that of an untrained encoder for 0.22,
+by chance for 0.10. The encoder in OUT/last.pt is timm's VisionTransformer(**checkpoint["args"]["vit"]).
 
 Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
@@ -37,10 +38,10 @@ Details that matter
  9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts; hiding
     patches is augmentation enough.
 10. Random numbers start anew in every step, from (seed, step). So a resumed run ends with the same weights
-    as one that was not interrupted [not in the paper]. OUT/last.pt is written every half minute, or less
-    often where that takes long (2 % of the time at most). If the machine dies, the steps since then are lost:
-    the same command with --resume goes on from there (--out and --task are needed, all other options come
-    from the checkpoint).
+    as one that was not interrupted [not in the paper]. OUT/last.pt is written every half minute; if writing
+    is slow, less often, so that it never takes more than 2 % of the time. If the machine dies, the steps
+    since then are lost: the same command with --resume goes on from there. (Only --out, or --task if there
+    was no --out, has to be given again; the other options come from the checkpoint.)
 11. Fine-tuning reads the mean of the patch tokens through a new norm. The linear probe reads the class token,
     but in the small presets the mean patch token [not in the paper].
 12. --task segment reads the last four blocks through one convolution, or with --head conv three [not in the
@@ -78,8 +79,8 @@ def random_noise(batch, grid, device):
 
 
 def grid_noise(batch, grid, device):
-    """→ (B, N): of every 2×2 patches the upper left one stays (figure 6). If more have to stay, they are
-    random ones."""
+    """→ (B, N): of every 2×2 patches the upper left one stays (figure 6). If more have to stay, random others
+    are added; if fewer, a random choice of these stays."""
     row = torch.arange(grid[0], device=device)[:, None]
     column = torch.arange(grid[1], device=device)
     stays = (row % 2 == 0) & (column % 2 == 0)                        # (h, w)
@@ -102,8 +103,9 @@ def block_noise(batch, grid, device, rectangles=24):
     inside_columns = (column - columns * x).abs() < width / 2
     covered = inside_rows & inside_columns                            # (B, rectangles, h, w)
 
-    # The first rectangle gets the highest numbers. Of the one that would hide too much, the first patches in
-    # reading order stay visible, which makes the count exact [not in the paper].
+    # Earlier rectangles get higher numbers, so they are hidden first. The one that would hide too much is
+    # hidden only in part: its first patches in reading order stay visible, so the count is exact [not in the
+    # paper].
     rank = torch.arange(rectangles, 0, -1, device=device)
     covered = covered * rank[:, None, None]
     order = torch.linspace(0, 0.9, rows * columns, device=device)
@@ -216,8 +218,8 @@ def prepare(args, run, train=None, val=None, **options):
     ViT. Raises UserError if they do not fit together."""
     encoder = None
     if args.init is not None:
-        # Images get the size, mean and std of the encoder's own pre-training, unless the options or the
-        # recipe name others.
+        # Unless an option or the recipe sets them, size, mean and std of images are those that the encoder
+        # was pre-trained with.
         encoder = load_encoder(args.init, img_size=args.size, **options)
         args.size, args.patch = encoder.img_size, encoder.patch_size
         args.mean = args.mean or encoder.mean
@@ -246,8 +248,8 @@ def prepare_decoder(args, encoder):
 
 def pretrain(args, train=None, val=None):
     """Pre-trains a masked autoencoder. args: from `parse`. train, val: datasets of your own, instead of
-    --data: anything with __len__ and __getitem__(i) → (uint8 tensor (C, H, W), label), any number of
-    channels, square or not; −1 is a label nobody knows. For example
+    --data. Each needs __len__ and __getitem__(i) → (uint8 tensor (C, H, W), label): any number of channels,
+    square or not, and label −1 where it is unknown. For example
     `mae.pretrain(mae.parse(["--out", "runs/mine"]), train)`; size, mean and std are then taken from the data.
     """
     run = Run(args)
