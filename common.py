@@ -9,9 +9,10 @@ K classes, b images in a micro-batch.
 
 import argparse
 import atexit
+import contextlib
 import functools
+import importlib.util
 import inspect
-import itertools
 import json
 import math
 import multiprocessing
@@ -393,10 +394,17 @@ def count_blocks(state, prefix):
     return len({name.split(".")[1] for name in state if name.startswith(prefix)})
 
 
-def stored_grid(places, patch_size, *sizes):
-    """→ the (rows, columns) of a table of positions for so many patches: 144 of them may be 12×12 or 9×16.
-    The first image size (or None) that has as many patches decides, else the image was square. Raises
-    UserError if it cannot have been."""
+def stored_grid(table, patch_size, *sizes):
+    """→ the (rows, columns) of patches that a position table (1, 1+N, D) was made for: 144 patches may be
+    12×12 or 9×16. sizes: what the image size could be, or None. Raises UserError if nothing fits."""
+    # A fixed sine-cosine table says so itself: try every shape that has as many patches.
+    places, dim = table.shape[1] - 1, table.shape[2]
+    for rows in range(1, places + 1):
+        grid = (rows, places // rows)
+        if math.prod(grid) == places and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-4):
+            return grid
+
+    # A learned one is of the first size that has as many patches, or else of a square image.
     for size in sizes:
         if size and math.prod(to_pair(size)) == places * patch_size ** 2:
             return patch_grid(size, patch_size)
@@ -451,8 +459,7 @@ def load_encoder(path, **overrides):
     # the number of heads, and whether a grid is oblong.
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     saved = args.get("vit", {})
-    places = state["pos_embed"].shape[1] - 1
-    grid = stored_grid(places, patch_size, saved.get("img_size"), overrides.get("img_size"))
+    grid = stored_grid(state["pos_embed"], patch_size, saved.get("img_size"), overrides.get("img_size"))
     usual_heads = {size["embed_dim"]: size["num_heads"] for size in VITS.values()}
     config = dict(
         img_size=[side * patch_size for side in grid],
@@ -489,7 +496,7 @@ def load_decoder(path, encoder, **overrides):
     decoder = Decoder(encoder, **(config | overrides))
     table = state["decoder_pos_embed"]
     saved_size = args.get("vit", {}).get("img_size")
-    source = stored_grid(table.shape[1] - 1, encoder.patch_size, saved_size, encoder.img_size)
+    source = stored_grid(table, encoder.patch_size, saved_size, encoder.img_size)
     state["decoder_pos_embed"] = resize_positions(table, source, encoder.grid)
     fill(decoder, state, path)
     return decoder
@@ -668,14 +675,22 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
         raise UserError(f"20 images in a row are unreadable, the last is {path}")
 
 
+SPLITS = {                                                 # where the parts are not called "train" and "test"
+    "STL10": ("train+unlabeled", "test"),
+    "Imagenette": ("train", "val"),
+    "OxfordIIITPet": ("trainval", "test"),
+}
+
+
 def torchvision_datasets(name, root):
     """→ torchvision's training and test images of this name ("cifar10", "fashion-mnist", …), downloaded to
     root if need be. Raises UserError if there is no such dataset, or it cannot be had."""
     names = {known.lower(): known for known in torchvision.datasets.__all__}
     try:
-        make = getattr(torchvision.datasets, names[name.replace("-", "").lower()])
+        known = names[name.replace("-", "").lower()]
+        make = getattr(torchvision.datasets, known)
         # Some classes have an option train=True or False, the others name their parts.
-        option, values = "split", ("train", "test")
+        option, values = "split", SPLITS.get(known, ("train", "test"))
         if "train" in inspect.signature(make).parameters:
             option, values = "train", (True, False)
         return [make(root, download=True, transform=v2.PILToTensor(), **{option: value}) for value in values]
@@ -875,10 +890,12 @@ def ignore_signals(worker):
 
 @atexit.register
 def kill_workers():
-    """Ends worker processes together with the program: they ignore a friendlier signal."""
+    """Ends daemon processes together with the program. Python does so anyway, but with a signal that our
+    workers ignore."""
     signal.signal(getattr(signal, "SIGCHLD", signal.SIGINT), signal.SIG_DFL)  # torch would call it a crash
     for worker in multiprocessing.active_children():
-        worker.kill()
+        if worker.daemon:
+            worker.kill()
 
 
 def file_batches(dataset, plan, run, transform):
@@ -1009,6 +1026,8 @@ class Run:
         # gradients vanish in it unless the loss is scaled up, which is the scaler's work.
         precision = "fp32"
         if self.device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise UserError(f"there is no GPU number {self.local_rank}: fewer processes, or --device cpu")
             torch.cuda.set_device(self.local_rank)
             torch.set_float32_matmul_precision("high")                # TF32 for what stays float32
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -1048,8 +1067,9 @@ class Run:
         if on_cpu and large and torch.cpu._is_avx512_bf16_supported():
             self.autocast = torch.autocast("cpu", torch.bfloat16)
 
-        on_gpu = self.device.type == "cuda"
-        if self.args.compile or (self.args.compile is None and on_gpu):
+        # On Windows torch.compile is missing a part.
+        triton = self.device.type == "cuda" and importlib.util.find_spec("triton")
+        if self.args.compile or (self.args.compile is None and triton):
             self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
         if self.world > 1 and any(parameter.requires_grad for parameter in model.parameters()):
@@ -1316,11 +1336,15 @@ def kind_of_data(args):
     files, and images of 100 pixels or more."""
     if args.data is None:
         return "scenes"
-    files = list(itertools.islice(pathlib.Path(args.data).rglob("*.*"), 50_001))
-    if len(files) <= 50_000:
-        return "small"
-    first = next(filter(is_image, files))
-    return "imagenet" if min(Image.open(first).size) >= 100 else "small"
+    count, side = 0, math.inf
+    for folder, _, names in os.walk(args.data, followlinks=True):
+        count += len(names)
+        for path in filter(is_image, [f"{folder}/{name}" for name in names[:1]]):
+            with contextlib.suppress(Exception):                      # whatever Pillow says of it
+                side = min(Image.open(path).size)
+        if count > 50_000:
+            break
+    return "imagenet" if count > 50_000 and side >= 100 else "small"
 
 
 def parse_args(parser, script, preset, arguments=None):
@@ -1350,8 +1374,9 @@ def parse_args(parser, script, preset, arguments=None):
     args.out, args.resume = out, resume
     args.size = args.size and to_pair(args.size)
 
-    # An evaluation that has trained nothing may be replaced.
-    if evaluation and not os.path.exists(f"{out}/last.pt"):
+    # A finished evaluation that has trained nothing may be replaced.
+    log = pathlib.Path(out, "log.jsonl")
+    if evaluation and log.exists() and '"task"' in log.read_text() and not os.path.exists(f"{out}/last.pt"):
         args.overwrite = True
     for name, value in values.items():
         if args.resume and getattr(args, name) != value and name not in MAY_CHANGE:

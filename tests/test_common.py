@@ -394,9 +394,10 @@ def test_a_pretrained_release_and_a_checkpoint_of_ours_come_back_as_they_were(tm
 def test_oblong_positions_are_not_taken_for_square_ones(tmp_path):
     size, path = (144, 256), str(tmp_path / "oblong.pth")  # 9×16 patches, as many as 12×12
     vit = ViT(size, 16, embed_dim=32, depth=1, num_heads=4)
-    torch.save(vit.state_dict(), path)
-    found = load_encoder(path, **HEADS, img_size=size)
-    assert found.img_size == size and torch.equal(found.pos_embed, vit.pos_embed)
+    for learned in (False, True):
+        torch.save((shake(vit) if learned else vit).state_dict(), path)
+        found = load_encoder(path, **HEADS, **dict(img_size=size) if learned else {})
+        assert found.img_size == size and torch.equal(found.pos_embed, vit.pos_embed)
 
 
 @pytest.mark.parametrize("old, new", [(24, 36), ((24, 16), (20, 40))])
@@ -934,14 +935,18 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
             shared_options("a test"),
             "test",
             lambda args, kind: kinds.append(kind) or {},
-            ["--data", str(tmp_path)],
+            ["--data", str(tmp_path / "data")],
         )
 
-    image = tmp_path / "1.png"
+    # As often with ImageNet, the images lie elsewhere, behind a link.
+    folder = tmp_path / "elsewhere"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(folder)
+    image = folder / "1.png"
     write_image(image, size=(128, 128))
     look()
     for i in range(50_000):
-        os.link(image, tmp_path / f"copy{i}.png")           # one image under many names
+        os.link(image, folder / f"copy{i}.png")             # one image under many names
     look()
     write_image(tmp_path / "new.png", size=(32, 32))
     image.write_bytes((tmp_path / "new.png").read_bytes())
