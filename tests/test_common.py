@@ -11,9 +11,11 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import zipfile
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import common
@@ -988,3 +990,24 @@ def test_large_models_compute_in_bf16_where_a_processor_can(
     vit = run.wrap(ViT(32, 8, embed_dim=width, depth=6, num_heads=4))
     with run.autocast:
         assert vit.blocks[0].mlp.fc1(torch.zeros(1, width)).dtype == wanted
+
+
+def test_a_script_of_ones_own_ends_when_a_worker_fails(tmp_path):
+    script = tmp_path / "own.py"
+    script.write_text(
+        "import sys, torch, mae\n"
+        "class Broken(torch.utils.data.Dataset):\n"
+        "    mean, std = [1.0], [1.0]\n"
+        "    def __len__(self):\n"
+        "        return 40\n"
+        "    def __getitem__(self, i):\n"
+        "        assert i != 13, 'number 13 is broken'\n"
+        "        return torch.zeros(1, 128, 128, dtype=torch.uint8), -1\n"
+        "if __name__ == '__main__':\n"
+        "    words = '--size 128 --epochs 1 --batch 4 --workers 2 --device cpu'.split()\n"
+        "    mae.pretrain(mae.parse([*words, '--out', sys.argv[1]]), Broken())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(common.__file__).parent)}
+    words = [sys.executable, script, tmp_path / "out"]
+    ended = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 1 and "number 13 is broken" in ended.stderr
