@@ -55,9 +55,9 @@ import argparse
 import os
 
 from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, learning_rate,
-    load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, shared_options, spread,
-    to_pixels, training_plan, unpatchify)
+    VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, label_objects,
+    learning_rate, load_encoder, number, parse_args, patchify, prepare_data, save_image_rows,
+    shared_options, spread, to_pixels, training_plan, unpatchify)
 
 import torch
 import torch.nn.functional as F
@@ -225,7 +225,7 @@ def load_prior(args, run, train, val):
     return run.wrap(prior.eval().requires_grad_(False))
 
 
-def find_hint(args, prior, images, masks, model):
+def find_hint(args, prior, images, labels, model):
     """→ what AutoMAE.forward asks for."""
     if args.masking == "learned":
         return prior(images).float()                                  # (B, heads, N)
@@ -233,16 +233,16 @@ def find_hint(args, prior, images, masks, model):
         return highlight(prior(images).mean(dim=1), model.visible)    # (B, N)
     if args.masking == "random":
         return 0.0
-    return object_boxes(masks, model.encoder.grid)                    # (B, N)
+    return object_boxes(labels > 0, model.encoder.grid)               # (B, N)
 
 
 def pretrain(args, train=None, val=None):
     """Pre-trains an autoencoder. args: from `parse_args`. train, val: datasets of your own, instead of
     --data."""
     run = Run(args)
-    train, val = prepare_data(args, run, train, val)
-    if args.masking == "boxes" and getattr(train, "masks", None) is None:
-        raise UserError("--masking boxes needs data with foreground masks, as scenes have")
+    train, val = map(label_objects, prepare_data(args, run, train, val))
+    if args.masking == "boxes" and torch.as_tensor(train[0][1]).ndim < 2:
+        raise UserError("--masking boxes needs maps of objects as labels; scenes have them")
     prior = generator = None
     if args.masking in ("learned", "attention"):
         prior = load_prior(args, run, train, val)
@@ -276,15 +276,16 @@ def pretrain(args, train=None, val=None):
         # Up in a straight line for --warmup epochs, then down half a cosine to zero.
         peak = args.lr * args.batch / 256
         lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
-        for group in [group for each in optimizers for group in each.param_groups]:
-            group["lr"] = lr
+        for each in optimizers:
+            for group in each.param_groups:
+                group["lr"] = lr
 
         # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.
         for i in range(run.accumulate):
             last = i == run.accumulate - 1
-            images, _, masks = next(loader)                           # (b, C, H, W); (b, H, W) or None
+            images, labels = next(loader)                             # (b, C, H, W); (b,) or maps (b, H, W)
             with torch.no_grad(), run.autocast:
-                hint = find_hint(args, prior, images, masks, model)
+                hint = find_hint(args, prior, images, labels, model)
 
             # First the discriminator: boxes should score 1, masks of the generator 0 (details 2, 3 and 4).
             # With several micro-batches it takes its step after the last of them, but before encoder, decoder
@@ -311,8 +312,8 @@ def pretrain(args, train=None, val=None):
                 run.log(generator_loss=generator_loss, discriminator_loss=discriminator_loss)
                 loss = loss + args.adversarial_weight * generator_loss
             run.scaler.scale(loss / run.accumulate).backward()
-            if masks is not None:
-                run.log(**where_it_hides(model, hint, mask, masks))
+            if labels.ndim == 3:
+                run.log(**where_it_hides(model, hint, mask, labels > 0))
 
         run.scaler.step(optimizer)
         run.scaler.update()
@@ -321,11 +322,12 @@ def pretrain(args, train=None, val=None):
 
     if run.rank == 0:
         draw(model, prior, val or train, run)
-    if "static_ratio" in run.history[-1]:
-        run.print((
-            "the generator's probability is {foreground_ratio:.1f} times as high on objects as on the rest; "
-            "that of one map for all images, which knows only where they tend to lie: {static_ratio:.1f}"
-        ).format(**run.history[-1]))
+    last = run.history[-1]
+    if "static_ratio" in last:
+        run.print(
+            f"the generator's probability is {last['foreground_ratio']:.1f} times as high on objects as on "
+            f"the rest; that of one map for all images, which knows only where they tend to lie: "
+            f"{last['static_ratio']:.1f}")
 
 
 @torch.no_grad()
@@ -355,8 +357,8 @@ def draw(model, prior, dataset, run):
     """Writes OUT/masks.png: images; where the prior looks and what the generator makes of it, as brightness;
     what the encoder sees; what the decoder predicts, with norm_pixels normalised patches."""
     encoder, args = model.encoder, run.args
-    images, _, masks = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
-    hint = find_hint(args, prior, images, masks, model)
+    images, labels = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
+    hint = find_hint(args, prior, images, labels, model)
     _, prediction, mask, _ = model.forward(images, hint)
 
     patches = patchify(images, encoder.patch_size)                    # (B, N, P·P·C)

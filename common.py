@@ -594,26 +594,32 @@ def draw_scenes(ids, size=64, seed=0):
 
 
 class Images(TensorDataset):
-    """A dataset in memory: images uint8 (M, C, H, W), targets (M,) with −1 for unknown, names of the
-    classes, and foreground masks bool (M, H, W) where they are known. Training keeps all of it on the
-    device."""
+    """A dataset in memory: images uint8 (M, C, H, W), targets (M,) with −1 for unknown, or maps (M, H, W),
+    and names of the classes. Training keeps all of it on the device."""
 
-    def __init__(self, images, targets, classes, masks=None):
+    def __init__(self, images, targets, classes):
         self.images = images
         self.targets = torch.as_tensor(targets)
         self.classes = list(classes)
-        self.masks = masks
         super().__init__(self.images, self.targets)
 
 
 class Scenes(Images):
-    """The `count` scenes from number `first` on, with their masks."""
+    """The `count` scenes from number `first` on. `masks` bool (M, size, size) are 1 on the object."""
 
     def __init__(self, count, size=64, seed=0, first=0):
         chunks = torch.arange(first, first + count).split(200)        # small enough for the processor's cache
         drawn = [draw_scenes(chunk, size, seed) for chunk in chunks]
-        images, labels, masks = map(torch.cat, zip(*drawn))
-        super().__init__(images, labels, SHAPES, masks)
+        images, labels, self.masks = map(torch.cat, zip(*drawn))
+        super().__init__(images, labels, SHAPES)
+
+
+def label_objects(dataset):
+    """Scenes → the same images with maps as labels: 1 on the object, 0 elsewhere. Any other dataset stays
+    as it is."""
+    if isinstance(dataset, Scenes):
+        return Images(dataset.images, dataset.masks.byte(), ["background", "object"])
+    return dataset
 
 
 # A file of a few kB can claim billions of pixels and fill the memory. Pillow looks at what it claims before
@@ -851,12 +857,12 @@ def middle(image, size):
     return v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
 
 
-def together(transform, images, labels, masks=None):
-    """→ images, labels and masks after a transform. What is a map of classes (…, H, W) is cropped and
-    flipped with its image, and never interpolated; labels that are numbers stay as they are."""
-    wrapped = [values if values is None or np.ndim(values) < 2 else tv_tensors.Mask(values)
-               for values in (labels, masks)]
-    return transform(tv_tensors.Image(images), *wrapped)
+def together(transform, images, labels):
+    """→ images and labels after a transform. Labels that are maps (…, H, W) are cropped and flipped with
+    their images, and never interpolated; labels that are numbers stay as they are."""
+    if np.ndim(labels) > 1:
+        labels = tv_tensors.Mask(labels)
+    return transform(tv_tensors.Image(images), labels)
 
 
 class View(Dataset):
@@ -871,7 +877,7 @@ class View(Dataset):
         i, seed = key
         image, label = self.dataset[i]
         torch.default_generator.manual_seed(seed_for(seed, i))     # as torch.manual_seed, without the GPUs
-        image, label, _ = together(self.transform, image, label)
+        image, label = together(self.transform, image, label)
         return image, torch.as_tensor(label), seed
 
 
@@ -917,22 +923,20 @@ def file_batches(dataset, plan, run, transform):
 def memory_batches(dataset, plan, run, transform):
     """A dataset in memory moves to the device once, as uint8. For speed eight images are cropped at a time,
     all in the same way [not in the paper]."""
-    values = [value.to(run.device) for value in (dataset.images, dataset.targets, dataset.masks)
-              if value is not None]
+    images, targets = dataset.images.to(run.device), dataset.targets.to(run.device)
     for ids, seed in plan:
         torch.manual_seed(seed)
         ids = ids.to(run.device, non_blocking=True)
-        eights = zip(*(value[ids].split(8) for value in values))
+        eights = zip(images[ids].split(8), targets[ids].split(8))
         parts = [together(transform, *eight) for eight in eights]
-        yield [torch.cat(part) for part in zip(*parts) if part[0] is not None]
+        yield [torch.cat(part) for part in zip(*parts)]
 
 
 def batches(dataset, plan, run, train=False, augment=None, transform=None):
     """Yields a batch on the run's device for each (ids (b,), seed) of the plan: images float (b, C, h, w),
-    normalised; labels (b,); foreground masks bool (b, h, w), or None. Torch's random numbers then start at
-    the seed. train: with random crops and flips; augment: uint8 image → uint8 image, after these, in worker
-    processes; transform: instead of all this. A label may be a map: (b, h, w), −100 where nobody
-    knows."""
+    normalised, and labels (b,), or maps (b, h, w) with −100 where nobody knows. Torch's random numbers then
+    start at the seed. train: with random crops and flips; augment: uint8 image → uint8 image, after these,
+    in worker processes; transform: instead of all this."""
     args = run.args
     mean, std = torch.tensor([args.mean, args.std], device=run.device)[..., None, None]
     source = file_batches
@@ -941,12 +945,12 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
     transform = transform or view_transform(args, train, augment)
 
     # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device.
-    for images, labels, *masks in source(dataset, plan, run, transform):
+    for images, labels in source(dataset, plan, run, transform):
         images = images.to(run.device, non_blocking=True)
         labels = labels.to(run.device, non_blocking=True).long()
         if labels.ndim > 1:
             labels = labels.where(labels != 255, -100)                # cross_entropy leaves these out
-        yield (images.float() - mean) / std, labels, masks[0] if masks else None
+        yield (images.float() - mean) / std, labels
 
 
 def to_pixels(images, args):

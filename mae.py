@@ -277,7 +277,7 @@ def pretrain(args, train=None, val=None):
 
         # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.
         for i in range(run.accumulate):
-            images, _, _ = next(loader)                           # (b, C, H, W), cropped, flipped, normalised
+            images, _ = next(loader)                              # (b, C, H, W), cropped, flipped, normalised
             wrapped.require_backward_grad_sync = i == run.accumulate - 1  # DDP averages gradients once a step
             with run.autocast:
                 loss, _, _ = wrapped(images, args.mask_ratio)
@@ -305,7 +305,7 @@ def validation_loss(model, val, run):
     losses = []
     parts = ids.split(run.micro_batch)
     plan = [(part, seed) for seed, part in enumerate(parts)]
-    for images, _, _ in batches(val, plan, run):
+    for images, _ in batches(val, plan, run):
         with run.autocast:
             loss, _, _ = model.forward(images, run.args.mask_ratio)
         losses.append(loss * len(images) / len(ids))
@@ -318,7 +318,7 @@ def draw(model, dataset, run, count=10):
     args = run.args
     ids = spread(len(dataset), count)
     loader = batches(dataset, [(ids, args.seed)], run)
-    images, _, _ = next(loader)
+    images, _ = next(loader)
     visible, filled = model.eval().reconstruct(images, args.mask_ratio)
     note = " (hidden patches with their true mean and contrast)" if model.norm_pixels else ""
     path = f"{args.out}/reconstruction.png"
@@ -402,7 +402,7 @@ def all_features(encoder, dataset, ids, run):
     """→ features (m, D), as --pool says, and labels (m,) of these images."""
     encoder.eval()
     parts = []
-    for images, labels, _ in batches(dataset, in_parts(ids), run):
+    for images, labels in batches(dataset, in_parts(ids), run):
         with run.autocast:
             parts.append((extract_features(encoder, images, run.args.pool), labels))
     return [torch.cat(part) for part in zip(*parts)]
@@ -529,7 +529,7 @@ def evaluate(model, dataset, ids, run):
     # Every process takes its part of the images, so that none is counted twice.
     plan = in_parts(ids[run.rank::run.world], size)
     confusion, in_five = 0, 0
-    for images, labels, _ in batches(dataset, plan, run, transform=transform):
+    for images, labels in batches(dataset, plan, run, transform=transform):
         with run.autocast:
             answers = score(images).topk(min(5, num_classes), dim=1).indices  # (b, 5, …), the best first
         pairs = labels * num_classes + answers[:, 0]                  # one number for truth and prediction
@@ -593,7 +593,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
         for i in range(run.accumulate):
-            images, labels, _ = next(loader)                          # (b, C, H, W), (b,) or (b, H, W)
+            images, labels = next(loader)                          # (b, C, H, W), (b,) or (b, H, W)
             # Random changes to pixels and labels, only in fine-tuning: a part becomes noise; two images are
             # mixed, or a piece of one is put into the other, and so are their labels.
             if args.erasing:
@@ -774,7 +774,7 @@ def segment(args, train=None, val=None):
 
     # Draw images, true classes and predicted classes. A class's colour is its number times a step for every
     # channel that wraps around at 256, so neighbours look different.
-    images, labels, _ = next(batches(val, in_parts(spread(len(val), 8)), run))
+    images, labels = next(batches(val, in_parts(spread(len(val), 8)), run))
     answers = model.predict(images).argmax(dim=1)
     steps = (67 + 46 * torch.arange(args.in_chans))[:, None, None]
     path = f"{args.out}/segmentation.png"

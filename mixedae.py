@@ -276,7 +276,7 @@ def pretrain(args, train=None, val=None):
 
         # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.
         for i in range(run.accumulate):
-            images, _, _ = next(loader)                                     # (b, C, H, W), detail 10
+            images, _ = next(loader)                                  # (b, C, H, W), detail 10
             wrapped.require_backward_grad_sync = i == run.accumulate - 1    # DDP averages once a step
             with run.autocast:
                 loss, _, _, values = wrapped(images)
@@ -305,7 +305,7 @@ def draw(model, dataset, run):
     attention = encoder.blocks[-1].attn
     inputs = []                                                             # of the last attention
     attention.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
-    images, _, _ = next(batches(dataset, [(spread(len(dataset), model.members), run.args.seed)], run))
+    images, _ = next(batches(dataset, [(spread(len(dataset), model.members), run.args.seed)], run))
     noise = torch.rand(1, model.places, device=run.device)
     model.turns = 1                                                         # one mixture is enough
     _, prediction, mask, _ = model.forward(images, noise)

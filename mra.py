@@ -55,9 +55,10 @@ import copy
 import os
 
 from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, ImageFolder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, labels_of,
-    learning_rate, load_decoder, load_encoder, number, parse_args, patchify, prepare_data, read_checkpoint,
-    save_image_rows, shared_options, spread, to_pixels, training_plan, unpatchify)
+    VITS, Decoder, ImageFolder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens,
+    label_objects, labels_of, learning_rate, load_decoder, load_encoder, number, parse_args, patchify,
+    prepare_data, read_checkpoint, save_image_rows, shared_options, spread, to_pixels, training_plan,
+    unpatchify)
 
 import torch
 import torch.nn.functional as F
@@ -224,7 +225,7 @@ def train_step(run, model, optimizer, loader, loss_of):
 
     # A process takes its part of the batch in micro-batches, and the gradients add up.
     for i in range(run.accumulate):
-        images, labels, _ = next(loader)                              # cropped, flipped, normalised
+        images, labels = next(loader)                                 # cropped, flipped, normalised
         model.require_backward_grad_sync = i == run.accumulate - 1    # DDP averages gradients once a step
         with run.autocast:
             loss = loss_of(images, labels)
@@ -272,7 +273,8 @@ def draw(mra, dataset, run):
     ratios. Where the data know their objects, says and logs which part of them stays visible."""
     args = run.args
     path = f"{args.out}/augmentation.png"
-    images, _, masks = next(batches(dataset, [(spread(len(dataset), 250), 0)], run))
+    plan = [(spread(len(dataset), 250), 0)]
+    images, labels = next(batches(label_objects(dataset), plan, run))
     attention = mra.attention(images)                                 # (B, N)
     brightness = mra.per_pixel(attention / attention.amax(1, keepdim=True))
     rows = {"image": images, "attention: the image fades where it is low": images * brightness}
@@ -288,8 +290,8 @@ def draw(mra, dataset, run):
         rows[f"{case}: hidden"] = torch.where(hidden, 0.0, images)
         rows[f"{case}: reconstruction"] = painted
         rows[f"{case}: augmented"] = torch.where(hidden, painted, images)
-        if masks is not None:
-            kept[case] = 1 - hidden[:, 0][masks].float().mean().item()
+        if labels.ndim == 3:                                          # maps of the objects
+            kept[case] = 1 - hidden[:, 0][labels > 0].float().mean().item()
             run.print(f"{case} hidden: {kept[case]:.2f} of the objects stays visible")
     save_image_rows(path, {title: to_pixels(view[:10], args) for title, view in rows.items()})
     run.print(f"images: {path}")
@@ -458,8 +460,8 @@ def classify(args, train=None, val=None):
 
         # FixMatch. The labelled images are not augmented; the strong views are. One forward pass for all
         # three, so that batch norm sees them together.
-        weak, _, _ = next(weak_loader)                                # (u·b, C, H, W)
-        strong, _, _ = next(strong_loader)
+        weak, _ = next(weak_loader)                                   # (u·b, C, H, W)
+        strong, _ = next(strong_loader)
         strong, _ = augment(args, mra, strong)
         scores = wrapped(torch.cat([images, weak, strong]))
         weak, strong = scores[len(images):].chunk(2)
@@ -511,7 +513,7 @@ def evaluate(model, dataset, ids, run, change=lambda images: images):
     model.eval()
     totals = torch.zeros(3, run.args.num_classes, device=run.device)
     plan = [(part, 0) for part in ids[run.rank::run.world].split(250)]
-    for images, labels, _ in batches(dataset, plan, run):
+    for images, labels in batches(dataset, plan, run):
         with run.autocast:
             probability = model(change(images)).float().softmax(1)    # (b, K)
         correct = probability.argmax(1) == labels
@@ -569,7 +571,7 @@ def evaluate_episodes(model, mra, dataset, first, run):
     # is not known [not in the paper].
     plan = [(part, args.seed) for part in ids.split(250)]
     features = []
-    for images, _, _ in batches(dataset, plan, run):
+    for images, _ in batches(dataset, plan, run):
         views = [images]
         if "mra" in args.augment:
             views.append(mra.forward(images))

@@ -366,10 +366,10 @@ def test_other_maskings(finished, cli, tmp_path):
     assert hidden["boxes"] > 0.1 > abs(hidden["random"])
 
 
-def test_boxes_need_data_with_masks(cli, tmp_path):
+def test_boxes_need_data_with_maps(cli, tmp_path):
     (tmp_path / "images").mkdir()
     for k in range(8):
         Image.new("RGB", (16, 16), (30 * k, 0, 0)).save(tmp_path / "images" / f"{k}.png")
     code, _, stderr = cli("--data", tmp_path / "images", *RUN, "--batch", 8, "--workers", 0, "--masking",
                           "boxes", "--out", tmp_path / "run")
-    assert code == 2 and stderr.count("\n") == 1 and "masks" in stderr
+    assert code == 2 and stderr.count("\n") == 1 and "maps" in stderr

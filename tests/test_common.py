@@ -594,7 +594,7 @@ def places(dataset, seed, tmp_path, *flags, train=True):
     """→ the crop of each of 256 images: width and height (B,) as parts of the image's, negative if flipped,
     and the crops themselves."""
     run, train_set, _ = opened(tmp_path / "out", "--mean", 0, 0, 0, "--std", 1, 1, 1, *flags, train=dataset)
-    images, _, _ = next(batches(train_set, [(torch.arange(256), seed)], run, train=train))
+    images, _ = next(batches(train_set, [(torch.arange(256), seed)], run, train=train))
     middle = images[:, :, 8:-8, 8:-8]
     return (
         middle[:, 0].diff(dim=2).mean(dim=(1, 2)) / 4,
@@ -631,18 +631,18 @@ def test_validation_images_of_the_right_size_are_whole_and_others_seven_eighths(
 def test_validation_images_of_another_aspect_are_not_padded(tmp_path):
     flags = "--size", 32, 64, "--mean", 0, 0, 0, "--std", 1, 1, 1
     run, data, _ = opened(tmp_path, *flags, train=Own(torch.full((2, 3, 64, 64), 200).byte()))
-    images, _, _ = next(batches(data, [(torch.arange(2), 0)], run))
+    images, _ = next(batches(data, [(torch.arange(2), 0)], run))
     close(images, torch.full((2, 3, 32, 64), 200.0), 0.01)
 
 
-def test_masks_are_cropped_and_flipped_with_their_images(tmp_path):
+def test_maps_are_cropped_and_flipped_with_their_images(tmp_path):
     masks = Scenes(32).masks
-    dataset = common.Images(masks[:, None].repeat(1, 3, 1, 1).byte() * 255, [0] * 32, ["a"], masks)
+    images = masks[:, None].repeat(1, 3, 1, 1).byte() * 255
+    dataset = common.Images(images, masks.byte(), ["background", "object"])
     run, data, _ = opened(tmp_path, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--crop", 0.3, train=dataset)
-    images, _, found = next(batches(data, [(torch.arange(32), 0)], run, train=True))
+    images, found = next(batches(data, [(torch.arange(32), 0)], run, train=True))
     # The image is interpolated, the mask is not: they may differ at the border of a shape.
     assert ((images[:, 1] > 127) == found).float().mean() > 0.98 and not torch.equal(found, masks)
-    assert found.dtype == torch.bool
 
 
 def test_images_are_normalised_by_mean_and_std_and_to_pixels_goes_back(tmp_path):
@@ -652,7 +652,7 @@ def test_images_are_normalised_by_mean_and_std_and_to_pixels_goes_back(tmp_path)
     pixels = images.double().numpy()
     np.testing.assert_allclose(run.args.mean, pixels.mean((0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(run.args.std, pixels.std((0, 2, 3)), rtol=1e-2)
-    found, _, _ = next(batches(data, [(torch.arange(12), 0)], run))
+    found, _ = next(batches(data, [(torch.arange(12), 0)], run))
     close(found.mean(dim=(0, 2, 3)), torch.zeros(2), 1e-4)
     assert (to_pixels(found, run.args).int() - images.int()).abs().max() <= 1
     run, _, _ = opened(tmp_path, "--mean", 1, 2, "--std", 3, 4, train=data)
@@ -712,7 +712,7 @@ def test_images_of_eight_and_sixteen_bits_make_a_batch(workers, tmp_path):
     flags = ["--data", tmp_path, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--workers", workers]
     run, data, _ = opened(tmp_path / "out", *flags, *LARGE)
     try:
-        images, _, _ = next(batches(data, [(torch.arange(2), 0)], run))
+        images, _ = next(batches(data, [(torch.arange(2), 0)], run))
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -747,7 +747,7 @@ def test_unreadable_images_are_replaced_and_bombs_cost_nothing(bomb, flags, tmp_
         run, train, _ = opened(
             tmp_path / "out", "--data", tmp_path, "--mean", 0, 0, 0, "--std", 1, 1, 1, *flags
         )
-        images, _, _ = next(batches(train, [(torch.arange(len(train)), 0)], run))
+        images, _ = next(batches(train, [(torch.arange(len(train)), 0)], run))
     assert len(train) == 5
     close(images, torch.tensor([77.0, 0, 0])[:, None, None].expand_as(images), 0.01)
     assert peak_memory() - memory < 200
@@ -758,7 +758,7 @@ def test_a_long_thin_image_stays_small(train, tmp_path):
     write_image(tmp_path / "a.png", size=(1, 20_000))
     memory = peak_memory()
     run, data, _ = opened(tmp_path / "out", "--data", tmp_path, "--size", 224, "--crop", 0.2)
-    images, _, _ = next(batches(data, [(torch.tensor([0]), 0)], run, train=train))
+    images, _ = next(batches(data, [(torch.tensor([0]), 0)], run, train=train))
     assert images.shape == (1, 3, 224, 224) and images.isfinite().all()
     assert peak_memory() - memory < 300
 
@@ -971,7 +971,7 @@ def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size
     memory = common.Images(images, torch.zeros(20), [])
     files = torch.utils.data.TensorDataset(images, torch.zeros(20))
     for dataset in (memory, files):
-        seen, _, _ = next(common.batches(dataset, [(torch.arange(20), 0)], run, train=True))
+        seen, _ = next(common.batches(dataset, [(torch.arange(20), 0)], run, train=True))
         same = (seen == images).flatten(1).all(dim=1)
         mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
         assert (same | mirrored).all() and same.any() and mirrored.any()
