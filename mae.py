@@ -691,7 +691,9 @@ def open_maps(args):
             maps.append(Images(scenes.images, labels.byte(), ["background", *scenes.classes]))
         return maps
     if args.data == "voc":
-        parts = [VOCSegmentation(args.root, image_set=part, download=True) for part in ("train", "val")]
+        # Asked to download, torchvision would unpack the archive anew every time.
+        new = not pathlib.Path(args.root, "VOCdevkit", "VOC2012").exists()
+        parts = [VOCSegmentation(args.root, image_set=part, download=new) for part in ("train", "val")]
         return [Maps([*zip(part.images, part.masks)], VOC.split(), 0) for part in parts]
     if args.data == "pets":
         names = ["pet", "background", "border"]

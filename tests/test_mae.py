@@ -860,6 +860,53 @@ def test_a_folder_of_images_and_maps_is_segmented(maps_folder, trained, tmp_path
     assert {int(value) for i in range(3) for value in data[i][1].unique()} == {0, 1, 255}
 
 
+def write_voc(root):
+    """VOC 2012 as torchvision unpacks it: maps with a palette, 255 around the objects."""
+    voc = root / "VOCdevkit" / "VOC2012"
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    for part, count in (("train", 6), ("val", 3)):
+        names = [f"2007_{part}{i}" for i in range(count)]
+        (voc / "ImageSets" / "Segmentation" / f"{part}.txt").write_text("\n".join(names) + "\n")
+        for i, name in enumerate(names):
+            labels = np.zeros((40, 50 + i), np.uint8)
+            labels[9:31, 9:31], labels[10:30, 10:30] = 255, 20 - i
+            labels = Image.fromarray(labels, "P")
+            labels.putpalette([*range(256)] * 3)
+            labels.save(voc / "SegmentationClass" / f"{name}.png")
+            Image.new("RGB", labels.size, (9 * i, 0, 0)).save(voc / "JPEGImages" / f"{name}.jpg")
+    return [{0, 20 - i, 255} for i in range(6)]
+
+
+def write_pets(root):
+    """Pets as torchvision unpacks them: maps with 1 for the pet, 2 for the background, 3 for the border."""
+    pets = root / "oxford-iiit-pet"
+    (pets / "images").mkdir(parents=True)
+    (pets / "annotations" / "trimaps").mkdir(parents=True)
+    for part, count in (("trainval", 6), ("test", 3)):
+        names = [f"Great_Dane_{part}{i}" for i in range(count)]
+        lines = [f"{name} 1 2 1\n" for name in names]
+        (pets / "annotations" / f"{part}.txt").write_text("".join(lines))
+        for i, name in enumerate(names):
+            labels = np.full((40, 50 + i), 2, np.uint8)
+            labels[9:31, 9:31], labels[10:30, 10:30] = 3, 1
+            Image.fromarray(labels).save(pets / "annotations" / "trimaps" / f"{name}.png")
+            Image.new("RGB", (50 + i, 40), (9 * i, 0, 0)).save(pets / "images" / f"{name}.jpg")
+    return [{0, 1, 2}] * 6
+
+
+@pytest.mark.parametrize("name, write, num_classes", [("voc", write_voc, 21), ("pets", write_pets, 3)])
+def test_voc_and_pets_are_read_as_torchvision_lays_them_out(name, write, num_classes, tmp_path, cli):
+    wanted = write(tmp_path / "data")
+    flags = ["--task", "segment", "--data", name, "--root", tmp_path / "data", "--device", "cpu"]
+    train, val = mae.open_maps(args_of(tmp_path / "x", *flags))
+    assert len(train) == 6 and len(val) == 3 and len(train.classes) == num_classes
+    assert [set(train[i][1].unique().tolist()) for i in range(6)] == wanted
+    flags += ["--size", 32, "--patch", 8, "--batch", 3, "--epochs", 1, "--workers", 0]
+    assert cli(*flags, "--out", tmp_path / "run")[0] == 0
+    assert len(log_of(tmp_path / "run")[-1]["class_iou"]) == num_classes
+
+
 def damage_map(folder, how):
     path = folder / "annotations" / "training" / "0.png"
     if how == "missing":
