@@ -1095,9 +1095,13 @@ class Run:
         # Random numbers are a function of (seed, step), so the step is all there is to know about them.
         if args.resume:
             saved = read_checkpoint(f"{args.out}/last.pt")
-            for name, part in parts.items():
-                if saved[name]:                                       # {} of a scaler that was not needed
-                    part.load_state_dict(saved[name])
+            try:
+                for name, part in parts.items():
+                    if saved[name]:                                   # {} of a scaler that was not needed
+                        part.load_state_dict(saved[name])
+            except (KeyError, RuntimeError, ValueError):
+                raise UserError(f"{args.out} holds a run of another script, or of a model of another size; "
+                                f"--overwrite replaces it")
             self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
             self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
         if self.rank == 0:

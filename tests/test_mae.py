@@ -479,6 +479,14 @@ def test_more_epochs_are_a_reason_to_resume_and_another_rate_is_not(trained, tmp
     close((saved(tmp_path)["encoder"], len(log_of(tmp_path))), before, 0)
 
 
+def test_a_run_of_another_script_or_size_is_not_continued(trained, tmp_path):
+    for name, encoder in (("encoder", tiny().encoder), ("generator", torch.nn.Linear(2, 2))):
+        run = Run(args_of(tmp_path, "--overwrite"))
+        run.args.resume, run.args.out = True, str(trained)
+        with pytest.raises(UserError, match="another"):
+            run.start(64, **{name: encoder})
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_learns_as_well(precision, trained, tmp_path, cli):
     assert cli("--out", tmp_path, *MODEL, "--precision", precision)[0] == 0
