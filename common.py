@@ -333,7 +333,7 @@ def read_checkpoint(path):
     if not os.path.isfile(path):                                      # a pipe or a device would never end
         raise UserError(f"there is no checkpoint file {path!r}")
     try:
-        if path.endswith(".safetensors"):
+        if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's release keeps its options in one

@@ -585,6 +585,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
     run.start(len(ids), **parts, optimizer=optimizer, scaler=run.scaler)
     erase = v2.RandomErasing(args.erasing, value="random")
     loader = batches(train, training_plan(ids, run), run, train=True, augment=augment)
+    result = None
     for step in run.steps():
         # The same schedule as in pre-training. With layer decay every layer has its own part of the rate.
         peak = args.lr * args.batch / 256
@@ -621,7 +622,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
                 states = {name: plain_state(part) for name, part in parts.items()}
                 run.save("best.pt", **states, **result, step=step + 1)
             run.log(**result)
-    finish(run, evaluate(model, val, val_ids, run))
+    finish(run, result or evaluate(model, val, val_ids, run))
 
 
 def classify(args, train=None, val=None):
@@ -658,8 +659,9 @@ person pottedplant sheep sofa train tvmonitor"""
 @dataclass
 class Maps:
     """Pairs (image file, file with the class of every pixel) as a dataset for segmentation. first: the
-    number in the files that means class 0; lower ones and 255 mean that nobody knows the class. Raises
-    UserError for a map of another size than its image, or with a label beyond the classes."""
+    number in the files that means class 0. If it is 1, then 0 means that nobody knows the class, as 255
+    always does. Raises UserError for a file that cannot be read, a map of another size than its image, or a
+    label beyond the classes."""
 
     pairs: list
     classes: list
@@ -670,12 +672,16 @@ class Maps:
 
     def __getitem__(self, i):
         path, map_path = self.pairs[i]
-        image = read_image(path)
-        labels = torch.from_numpy(np.array(Image.open(map_path)))
+        try:
+            image = read_image(path)
+            labels = torch.from_numpy(np.array(Image.open(map_path)))
+        except Exception as error:                                    # Pillow raises a dozen kinds
+            raise UserError(f"{path} or its map {map_path} cannot be read: {error}")
         fits = labels.dtype == torch.uint8 and labels.shape == image.shape[1:]
         if not fits or (labels[labels < 255] >= self.first + len(self.classes)).any():
             raise UserError(
-                f"{map_path} is no grey 8-bit map of {len(self.classes)} classes in the size of its image")
+                f"{map_path} is no grey 8-bit map in the size of its image, or has more than the "
+                f"{len(self.classes)} classes of the training maps")
         return image, labels.where(labels == 255, labels - self.first)  # in uint8, 0 − 1 is 255: unknown
 
 
@@ -705,18 +711,19 @@ def open_maps(args):
     for part in ("training", "validation"):
         images = sorted(filter(is_image, pathlib.Path(args.data, "images", part).glob("*")))
         if not images:
-            raise UserError(f"there is no image in {args.data}/images/{part}")
+            raise UserError(f"there is no image in {args.data}/images/{part}: segmentation needs images/ and "
+                            f"annotations/, each with training/ and validation/")
         parts.append([(path, f"{args.data}/annotations/{part}/{path.stem}.png") for path in images])
     # The highest number in a training map says how many classes there are.
     counts = sum(np.array(Image.open(path).histogram()[:255]) for _, path in parts[0])
-    classes = range(counts.nonzero()[0].max())
+    classes = range(1, counts.nonzero()[0].max() + 1)
     return [Maps(pairs, classes, 1) for pairs in parts]
 
 
 class Segmenter(nn.Module):
     """An encoder that gives every pixel a class: images (B, C, H, W) → scores (B, K, H, W). head "linear":
     the patch tokens of the last four blocks go through one 1×1 convolution, and the encoder is frozen.
-    "conv": two up-convolutions come before it, and everything is fine-tuned."""
+    "conv": two up-convolutions come before that one, and everything is fine-tuned."""
 
     def __init__(self, encoder, num_classes, head):
         super().__init__()
@@ -724,6 +731,8 @@ class Segmenter(nn.Module):
         self.last = min(4, len(encoder.blocks))
         width = self.last * encoder.embed_dim
         layers = [nn.BatchNorm2d(width, affine=False)]
+        encoder.head.requires_grad_(False)                            # a classifier's, not used here
+        encoder.fc_norm.requires_grad_(False)
         if head == "linear":
             encoder.requires_grad_(False)
         else:
@@ -738,8 +747,8 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict(self, images):
-        """images (B, C, H, W) of any size → scores (B, K, H, W). An image is scaled, keeping its
-        proportions, to just cover the encoder's img_size. Its longer side is then seen through several
+        """images (B, C, H, W), normalised and of any size → scores (B, K, H, W). An image is scaled, keeping
+        its proportions, to just cover the encoder's img_size. Its longer side is then seen through several
         windows; where they overlap, scores are averaged."""
         h, w = self.encoder.img_size
         size = images.shape[2:]
@@ -750,7 +759,7 @@ class Segmenter(nn.Module):
         # As many windows as are needed to see everything, evenly spread: the first at the upper left corner,
         # the last at the lower right.
         total = resized.new_zeros(len(images), self.head[-1].out_channels, H, W)
-        count = torch.zeros_like(total)
+        count = total.new_zeros(H, W)
         for y in spread(H - h + 1, math.ceil(H / h)).tolist():
             for x in spread(W - w + 1, math.ceil(W / w)).tolist():
                 window = (..., slice(y, y + h), slice(x, x + w))
@@ -759,18 +768,32 @@ class Segmenter(nn.Module):
         return F.interpolate(total / count, size, mode="bilinear")
 
 
+def load_segmenter(path, **overrides):
+    """→ the `Segmenter` in a best.pt of --task segment, ready for `predict`, on images that are normalised by
+    encoder.mean and encoder.std. The names of its classes are encoder.classes. overrides: as for
+    `load_encoder`. Raises UserError if there is none."""
+    encoder = load_encoder(path, **overrides)
+    saved = read_checkpoint(path)
+    model = Segmenter(encoder, len(encoder.classes or ()), saved["args"]["head"])
+    fill(model.head, saved.get("head", {}), path)
+    return model.eval()
+
+
 def segment(args, train=None, val=None):
-    """--task segment: trains a head that gives every pixel a class; with --eval only evaluates
-    the one in --init, which needs the same --head. train, val: datasets of your own, whose label is a map
-    (H, W), with `classes`."""
+    """--task segment: trains a head that gives every pixel a class; with --eval only evaluates the one in
+    --init. train, val: datasets of your own, whose label is a map (H, W), with `classes`. Raises UserError if
+    the one in --init is for other classes."""
     run = Run(args)
     encoder, train, val = prepare(args, run, train, val, drop_path_rate=args.drop_path)
-    args.classes = class_names(train)
+    args.classes = [str(name) for name in train.classes]
     model = Segmenter(encoder, len(args.classes), args.head)
     if args.eval:
-        fill(model.head, read_checkpoint(args.init).get("head", {}), args.init)
+        if encoder.classes != args.classes:
+            raise UserError(f"{args.init} is no segmenter of these classes: train one first, without --eval")
+        model = load_segmenter(args.init, img_size=args.size)
     ids = spread(len(train), args.labels or args.limit)
-    fit(run, model, dict(encoder=encoder, head=model.head), train, ids, val, spread(len(val)))
+    val_ids = spread(len(val), args.limit)
+    fit(run, model, dict(encoder=model.encoder, head=model.head), train, ids, val, val_ids)
     if run.rank:
         return
 
@@ -871,6 +894,8 @@ def preset(args, kind):
         values["layer_decay"] = 1.0                                   # from scratch all layers learn alike
     if args.labels and task != "segment":
         values |= dict(batch=20, updates=1000)
+    if args.data and task == "segment":
+        values["crop"] = 0.25                                         # or the ends of files were never seen
     return values
 
 

@@ -822,6 +822,13 @@ def test_segmentation_learns_and_its_checkpoint_keeps_its_figures(head, epochs, 
     assert cli("--out", tmp_path / "eval", *flags, tmp_path / "run" / "best.pt", "--eval")[0] == 0
     assert log_of(tmp_path / "eval")[-1]["mean_iou"] == pytest.approx(best["mean_iou"])
 
+    # Used in a program of one's own it is as good.
+    _, val = mae.open_maps(args_of(tmp_path / "x", *flags, f"{trained}/last.pt"))
+    model = mae.load_segmenter(tmp_path / "run" / "best.pt")
+    mean, std = torch.tensor([model.encoder.mean, model.encoder.std])[..., None, None]
+    right = model.predict((val.images - mean) / std).argmax(dim=1) == val.targets
+    assert right.float().mean().item() == pytest.approx(best["pixel_accuracy"], abs=1e-4)
+
     # Two processes count every pixel once.
     if head == "conv":
         return
@@ -866,6 +873,27 @@ def test_a_folder_of_images_and_maps_is_segmented(maps_folder, trained, tmp_path
     data = mae.open_maps(args_of(tmp_path / "x", "--data", maps_folder))[1]
     assert sum(data[i][1].numel() for i in range(3)) == pixels
     assert {int(value) for i in range(3) for value in data[i][1].unique()} == {0, 1, 255}
+    assert saved(tmp_path / "run", "best.pt")["args"]["classes"] == ["1", "2", "3"]
+
+
+def test_a_segmenter_is_not_evaluated_on_other_classes(maps_folder, tmp_path, cli):
+    def data(classes):
+        maps = torch.randint(0, 2, (8, 32, 32)).byte()
+        return Images(60 * maps[:, None].repeat(1, 3, 1, 1), maps, classes)
+
+    flags = "--task segment --model nano --batch 4 --epochs 1 --workers 0 --device cpu".split()
+    mae.segment(args_of(tmp_path / "run", *flags), data("ab"), data("ab"))
+    again = args_of(tmp_path / "eval", *flags, "--eval", "--init", tmp_path / "run" / "best.pt")
+    with pytest.raises(UserError, match="these classes"):
+        mae.segment(again, data("ba"), data("ba"))
+    mae.segment(again, data("ab"), data("ab"))
+
+
+def test_every_weight_of_a_segmenter_is_trained():
+    encoder = ViT(16, 4, embed_dim=16, depth=2, num_heads=2, num_classes=5, global_pool="avg")
+    model = mae.Segmenter(encoder, 3, "conv")
+    model(torch.rand(2, 3, 16, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def write_voc(root):
