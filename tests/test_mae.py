@@ -823,7 +823,7 @@ def test_segmentation_learns_and_its_checkpoint_keeps_its_figures(head, epochs, 
     assert log_of(tmp_path / "eval")[-1]["mean_iou"] == pytest.approx(best["mean_iou"])
 
     # Used in a program of one's own it is as good.
-    _, val = mae.open_maps(args_of(tmp_path / "x", *flags, f"{trained}/last.pt"))
+    _, val = mae.open_maps(args_of(tmp_path / "x", *flags, f"{trained}/last.pt", "--size", 32))
     model = mae.load_segmenter(tmp_path / "run" / "best.pt")
     mean, std = torch.tensor([model.encoder.mean, model.encoder.std])[..., None, None]
     right = model.predict((val.images - mean) / std).argmax(dim=1) == val.targets
