@@ -77,7 +77,7 @@ def make_generator(num_heads, grid):
         nn.ReLU(),
         nn.Conv2d(num_heads // 2, 1, 3, padding=1),
         nn.Flatten(),
-        nn.LogSoftmax(dim=1)
+        nn.LogSoftmax(dim=1),
     )
 
 
@@ -276,8 +276,8 @@ def pretrain(args, train=None, val=None):
         # Up in a straight line for --warmup epochs, then down half a cosine to zero.
         peak = args.lr * args.batch / 256
         lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
-        for each in optimizers:
-            for group in each.param_groups:
+        for adam in optimizers:
+            for group in adam.param_groups:
                 group["lr"] = lr
 
         # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.

@@ -594,7 +594,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
         for i in range(run.accumulate):
-            images, labels = next(loader)                          # (b, C, H, W), (b,) or (b, H, W)
+            images, labels = next(loader)                             # (b, C, H, W), (b,) or (b, H, W)
             # Random changes to pixels and labels, only in fine-tuning: a part becomes noise; two images are
             # mixed, or a piece of one is put into the other, and so are their labels.
             if args.erasing:
@@ -772,10 +772,12 @@ def load_segmenter(path, **overrides):
     """→ the `Segmenter` in a best.pt of --task segment, ready for `predict`, on images that are normalised by
     encoder.mean and encoder.std. The names of its classes are encoder.classes. overrides: as for
     `load_encoder`. Raises UserError if there is none."""
-    encoder = load_encoder(path, **overrides)
     saved = read_checkpoint(path)
-    model = Segmenter(encoder, len(encoder.classes or ()), saved["args"]["head"])
-    fill(model.head, saved.get("head", {}), path)
+    if "head" not in saved:
+        raise UserError(f"{path} holds no segmenter")
+    encoder = load_encoder(path, **overrides)
+    model = Segmenter(encoder, len(encoder.classes), saved["args"]["head"])
+    fill(model.head, saved["head"], path)
     return model.eval()
 
 
@@ -895,7 +897,7 @@ def preset(args, kind):
     if args.labels and task != "segment":
         values |= dict(batch=20, updates=1000)
     if args.data and task == "segment":
-        values["crop"] = 0.25                                         # or the ends of files were never seen
+        values["crop"] = 0.25                                         # a crop of 1 never sees an image's ends
     return values
 
 

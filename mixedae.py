@@ -276,7 +276,7 @@ def pretrain(args, train=None, val=None):
 
         # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.
         for i in range(run.accumulate):
-            images, _ = next(loader)                                  # (b, C, H, W), detail 10
+            images, _ = next(loader)                                        # (b, C, H, W), detail 10
             wrapped.require_backward_grad_sync = i == run.accumulate - 1    # DDP averages once a step
             with run.autocast:
                 loss, _, _, values = wrapped(images)
@@ -342,7 +342,7 @@ MINUTES = dict(
     crop=1.0,
     updates=5000,
     batch=16,
-    lr=2.4e-2
+    lr=2.4e-2,
 )
 IMAGENET = dict(
     model="base",

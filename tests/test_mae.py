@@ -874,6 +874,12 @@ def test_a_folder_of_images_and_maps_is_segmented(maps_folder, trained, tmp_path
     assert sum(data[i][1].numel() for i in range(3)) == pixels
     assert {int(value) for i in range(3) for value in data[i][1].unique()} == {0, 1, 255}
     assert saved(tmp_path / "run", "best.pt")["args"]["classes"] == ["1", "2", "3"]
+    with pytest.raises(UserError, match="no segmenter"):
+        mae.load_segmenter(trained / "last.pt")
+
+    # Files are cropped at random unless told otherwise, so that all of an oblong image is seen.
+    assert args_of(tmp_path / "x", *flags[:4]).crop == 0.25
+    assert args_of(tmp_path / "x", *flags[:2]).crop == 1
 
 
 def test_a_segmenter_is_not_evaluated_on_other_classes(maps_folder, tmp_path, cli):
@@ -949,6 +955,9 @@ def damage_map(folder, how):
         path.unlink()
     elif how == "another size":
         Image.new("L", (5, 5)).save(path)
+    elif how == "half an image":
+        path = folder / "images" / "training" / "0.jpg"
+        path.write_bytes(path.read_bytes()[:400])
     elif how == "colours":
         Image.new("RGB", (33, 40)).save(path)
     elif how == "a label beyond the classes":
@@ -959,12 +968,12 @@ def damage_map(folder, how):
 
 
 @pytest.mark.parametrize(
-    "how", ["missing", "another size", "colours", "a label beyond the classes", "damaged"])
+    "how", ["missing", "another size", "half an image", "colours", "a label beyond the classes", "damaged"])
 def test_bad_maps_are_one_clear_line(how, maps_folder, trained, tmp_path, cli):
     damage_map(maps_folder, how)
     flags = ["--task", "segment", "--data", maps_folder, "--init", f"{trained}/last.pt", "--workers", 0]
     code, _, errors = cli(*flags, "--batch", 3, "--epochs", 2, "--device", "cpu", "--out", tmp_path / "run")
-    assert code == 2 and errors.count("\n") == 1, errors
+    assert code == 2 and errors.count("\n") == 1 and "/0." in errors, errors
 
 
 # ----------------------------------------------------------------------------------------------- command line
