@@ -435,19 +435,6 @@ def report(encoder, train, val, run):
     run.write_log(step=run.step, linear_trained=after, linear_untrained=before)
 
 
-def nearest(args, train=None, val=None):
-    """--task knn: a vote of the 20 nearest training images, by the features of the frozen encoder."""
-    run = Run(args)
-    encoder, train, val = prepare(args, run, train, val)
-    ids = labelled_ids(train, args.limit, args.seed, args.labels)
-    val_ids = labelled_ids(val, args.limit)
-    args.classes = class_names(train)
-    encoder.to(run.device)
-    run.start()
-    top1 = feature_accuracy(knn, encoder, train, ids, val, val_ids, run)
-    finish(run, dict(top1=top1))
-
-
 def lars(optimizer, args, kwargs, trust=0.001):
     """Turns SGD with momentum into the LARS of the linear probe (appendix A.1, after 1708.03888): before a
     step, the gradient of a weight matrix gets the length trust · |w|, so that every matrix moves by the
@@ -627,14 +614,21 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
 
 def classify(args, train=None, val=None):
     """--task probe and finetune: trains a classifier on an encoder, or from scratch; with --eval only
-    evaluates the one in --init. train, val: datasets of your own, as for `pretrain`."""
+    evaluates the one in --init. --task knn: a vote of the 20 nearest training images, by the features of the
+    frozen encoder. train, val: datasets of your own, as for `pretrain`."""
     run = Run(args)
-    options = {} if args.eval else dict(global_pool=args.pool, drop_path_rate=args.drop_path)
+    options = dict(global_pool=args.pool, drop_path_rate=args.drop_path)
+    if args.eval or args.task == "knn":
+        options = {}                                                  # the model stays as it is
     # A ViT with one of three pasts: pre-trained, already a classifier (--eval), or new.
     model, train, val = prepare(args, run, train, val, **options)
     ids = labelled_ids(train, args.limit, args.seed, args.labels)
     val_ids = labelled_ids(val, args.limit)
     args.classes = class_names(train)
+    if args.task == "knn":
+        run.start()
+        model.to(run.device)
+        return finish(run, dict(top1=feature_accuracy(knn, model, train, ids, val, val_ids, run)))
     num_classes = len(args.classes)
     make_classifier(args, model, num_classes)
 
@@ -731,8 +725,6 @@ class Segmenter(nn.Module):
         self.last = min(4, len(encoder.blocks))
         width = self.last * encoder.embed_dim
         layers = [nn.BatchNorm2d(width, affine=False)]
-        encoder.head.requires_grad_(False)                            # a classifier's, not used here
-        encoder.fc_norm.requires_grad_(False)
         if head == "linear":
             encoder.requires_grad_(False)
         else:
@@ -786,7 +778,9 @@ def segment(args, train=None, val=None):
     --init. train, val: datasets of your own, whose label is a map (H, W), with `classes`. Raises UserError if
     the one in --init is for other classes."""
     run = Run(args)
-    encoder, train, val = prepare(args, run, train, val, drop_path_rate=args.drop_path)
+    # `feature_map` needs neither the head nor the pooling of a classifier.
+    options = dict(num_classes=0, global_pool="token", drop_path_rate=args.drop_path)
+    encoder, train, val = prepare(args, run, train, val, **options)
     args.classes = [str(name) for name in train.classes]
     model = Segmenter(encoder, len(args.classes), args.head)
     if args.eval:
@@ -826,7 +820,7 @@ def reconstruct(args, train=None, val=None):
 
 TASKS = {
     "pretrain": pretrain,
-    "knn": nearest,
+    "knn": classify,
     "probe": classify,
     "finetune": classify,
     "segment": segment,

@@ -895,11 +895,17 @@ def test_a_segmenter_is_not_evaluated_on_other_classes(maps_folder, tmp_path, cl
     mae.segment(again, data("ab"), data("ab"))
 
 
-def test_every_weight_of_a_segmenter_is_trained():
-    encoder = ViT(16, 4, embed_dim=16, depth=2, num_heads=2, num_classes=5, global_pool="avg")
-    model = mae.Segmenter(encoder, 3, "conv")
-    model(torch.rand(2, 3, 16, 16)).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+def test_every_weight_of_a_segmenter_is_trained(tmp_path, monkeypatch):
+    def check(run, model, *rest):
+        model(torch.rand(2, 3, 32, 32)).sum().backward()
+        assert all(weight.grad is not None for weight in model.parameters() if weight.requires_grad)
+        run.rank = 1                                                  # the end: nothing is drawn
+
+    classifier = ViT(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=5, global_pool="avg")
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pt")
+    monkeypatch.setattr(mae, "fit", check)
+    flags = "--task segment --head conv --limit 8 --batch 4 --device cpu".split()
+    mae.segment(args_of(tmp_path / "run", *flags, "--init", tmp_path / "classifier.pt"))
 
 
 def write_voc(root):
