@@ -251,10 +251,10 @@ def pretrain(args, train=None, val=None):
     size = VITS[args.model] | dict(patch_size=args.patch)
     encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
     if args.init is not None:                                         # the decoder always starts anew
-        encoder = load_encoder(args.init, img_size=args.size)
+        encoder = load_encoder(
+            args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
     decoder = Decoder(encoder, **args.decoder)
     args.vit = encoder.config
-    args.decoder = decoder.config
     if args.masking == "learned":
         generator = make_generator(prior.config["num_heads"], encoder.grid)
         discriminator = make_discriminator(encoder.grid)
@@ -379,8 +379,8 @@ def draw(model, prior, dataset, run):
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data. "imagenet" is the paper's recipe; the prior is trained for 800 epochs, too.
-# "scenes" and "small" take minutes on a CPU [not in the paper]; `updates` is their number of steps.
+# Defaults by kind of data. ImageNet gets the paper's recipe; the prior is trained for 800 epochs, too. Scenes
+# and small data take minutes on a CPU [not in the paper]; `updates` is their number of steps.
 MINUTES = dict(
     model="nano",
     decoder=dict(embed_dim=64, depth=1, num_heads=4),
@@ -390,21 +390,17 @@ MINUTES = dict(
     updates=2500,
     batch=16,
     lr=2.4e-2)
-PRESETS = {
-    "scenes": MINUTES,
-    "small": MINUTES,
-    "imagenet": dict(
-        model="base",
-        decoder={},                                                   # as large as `Decoder` is by default
-        norm_pixels=True,
-        size=[224],
-        crop=0.2,
-        prior_updates=249_600,
-        epochs=800,
-        batch=4096,
-        lr=1.5e-4,
-        warmup=40.0),
-}
+IMAGENET = dict(
+    model="base",
+    decoder={},                                                       # as large as `Decoder` is by default
+    norm_pixels=True,
+    size=[224],
+    crop=0.2,
+    prior_updates=249_600,
+    epochs=800,
+    batch=4096,
+    lr=1.5e-4,
+    warmup=40.0)
 
 
 def options():
@@ -425,7 +421,11 @@ def options():
 
 
 def main(arguments=None):
-    pretrain(parse_args(options(), "automae", lambda args, kind: PRESETS[kind], arguments))
+    pretrain(parse_args(
+        options(),
+        "automae",
+        lambda args, kind: IMAGENET if kind == "imagenet" else MINUTES,
+        arguments))
 
 
 if __name__ == "__main__":

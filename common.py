@@ -190,7 +190,7 @@ def init_weights(module):
 
 
 def fixed_positions(dim, grid):
-    """→ a table (1, 1+N, dim) that is not trained. Its first row belongs to the class token and is zero."""
+    """→ a table (1, 1+N, dim) that only fine-tuning trains. Its first row, the class token's, is zero."""
     table = torch.cat([torch.zeros(1, dim), sincos_positions(dim, grid)])
     return nn.Parameter(table[None], requires_grad=False)
 
@@ -756,7 +756,7 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
         sides = to_pair(min(*sides, 224 if run.device.type == "cuda" else 64))
-    if args.patch is None:                                            # up to 12 patches in the shorter side
+    if args.patch is None:                                            # 4 or 8 where at most 12 fit, else 16
         largest = 14 if args.model == "huge" else 16
         args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), largest)
     if args.size is None:
@@ -956,7 +956,7 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
 def to_pixels(images, args):
     """Normalised images (B, C, H, W) → uint8, on the CPU."""
     mean, std = torch.tensor([args.mean, args.std])[..., None, None]
-    return (images.float().cpu() * std + mean).clamp(0, 255).byte()
+    return (images.float().cpu() * std + mean).round().clamp(0, 255).byte()
 
 
 def save_image_rows(path, rows):
@@ -988,13 +988,13 @@ def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
 
 
 def decay_groups(model, weight_decay, lr_scale=lambda name: 1.0):
-    """→ parameter groups for AdamW. Biases, norms, class token and mask token are not decayed
-    [not in the paper: MAE's code spares what has one dimension; its tokens have three, and so are decayed].
-    lr_scale(name) is the part of the learning rate that a parameter gets."""
+    """→ parameter groups for AdamW. Biases, norms, class token, mask token and positions are not decayed
+    [not in the paper: MAE's pre-training code spares what has one dimension; its tokens have three, and so
+    are decayed]. lr_scale(name) is the part of the learning rate that a parameter gets."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = parameter.ndim < 2 or name.endswith("_token")
+            spared = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
             key = (0.0 if spared else weight_decay, lr_scale(name))
             groups.setdefault(key, []).append(parameter)
     return [dict(params=members, weight_decay=decay, lr_scale=scale)
@@ -1008,7 +1008,7 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        # Nothing is lost to a forgotten --out: ask before anything takes time.
+        # Nothing is lost to a forgotten --out: refuse at once.
         if os.path.exists(f"{args.out}/args.json") and not args.resume and not args.overwrite:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
@@ -1340,8 +1340,8 @@ MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "wo
 
 
 def kind_of_data(args):
-    """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has 50,000
-    files, and images of 100 pixels or more."""
+    """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has more than
+    50,000 files, and a sample of 100 pixels or more."""
     if args.data is None:
         return "scenes"
     count, side = 0, math.inf

@@ -19,8 +19,8 @@ pre-training is about three times as fast as with all of them.
     python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn, segment
 
 Measured with the first command, seed 0, on two cores of an AMD EPYC: 2 min 55 s; a linear classifier on the
-frozen encoder's mean patch token is right for 0.61 of new images, on that of an untrained encoder for 0.22,
-by chance for 0.10. The encoder in OUT/last.pt is timm's VisionTransformer(**checkpoint["args"]["vit"]).
+frozen encoder's mean patch token gets 0.61 of new images right (untrained encoder: 0.22, chance: 0.10). Into
+timm: VisionTransformer(**saved["args"]["vit"]).load_state_dict(saved["encoder"]), saved being OUT/last.pt.
 
 Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
@@ -40,8 +40,8 @@ Details that matter
 10. Random numbers start anew in every step, from (seed, step). So a resumed run ends with the same weights
     as one that was not interrupted [not in the paper]. OUT/last.pt is written every half minute; if writing
     is slow, less often, so that it never takes more than 2 % of the time. If the machine dies, the steps
-    since then are lost: the same command with --resume goes on from there. (Only --out, or --task if there
-    was no --out, has to be given again; the other options come from the checkpoint.)
+    since then are lost; --resume goes on from there. (Give --out again, or --task if there was no --out. All
+    other options come from the checkpoint.)
 11. Fine-tuning reads the mean of the patch tokens through a new norm. The linear probe reads the class token,
     but in the small presets the mean patch token [not in the paper].
 12. --task segment reads the last four blocks through one convolution, or with --head conv three [not in the
@@ -83,8 +83,8 @@ def grid_noise(batch, grid, device):
     are added; if fewer, a random choice of these stays."""
     row = torch.arange(grid[0], device=device)[:, None]
     column = torch.arange(grid[1], device=device)
-    stays = (row % 2 == 0) & (column % 2 == 0)                        # (h, w)
-    return random_noise(batch, grid, device) + (~stays).flatten()
+    odd = row % 2 | column % 2                                        # (h, w): 0 where a patch stays
+    return random_noise(batch, grid, device) + odd.flatten()
 
 
 def block_noise(batch, grid, device, rectangles=24):
@@ -218,8 +218,8 @@ def prepare(args, run, train=None, val=None, **options):
     ViT. Raises UserError if they do not fit together."""
     encoder = None
     if args.init is not None:
-        # Unless an option or the recipe sets them, size, mean and std of images are those that the encoder
-        # was pre-trained with.
+        # The patch size is always the encoder's. So are size, mean and std of images, unless an option or the
+        # recipe sets them.
         encoder = load_encoder(args.init, img_size=args.size, **options)
         args.size, args.patch = encoder.img_size, encoder.patch_size
         args.mean = args.mean or encoder.mean
@@ -253,7 +253,8 @@ def pretrain(args, train=None, val=None):
     `mae.pretrain(mae.parse(["--out", "runs/mine"]), train)`; size, mean and std are then taken from the data.
     """
     run = Run(args)
-    encoder, train, val = prepare(args, run, train, val)
+    options = dict(num_classes=0, global_pool="token")                # of a classifier in --init no head
+    encoder, train, val = prepare(args, run, train, val, **options)
     decoder = prepare_decoder(args, encoder)
     args.decoder = decoder.config
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
@@ -303,8 +304,7 @@ def validation_loss(model, val, run):
     masks."""
     ids = spread(len(val), 500)
     losses = []
-    parts = ids.split(run.micro_batch)
-    plan = [(part, seed) for seed, part in enumerate(parts)]
+    plan = [(part, seed) for seed, part in enumerate(ids.split(run.micro_batch))]
     for images, _ in batches(val, plan, run):
         with run.autocast:
             loss, _, _ = model.forward(images, run.args.mask_ratio)
@@ -317,8 +317,7 @@ def draw(model, dataset, run, count=10):
     that."""
     args = run.args
     ids = spread(len(dataset), count)
-    loader = batches(dataset, [(ids, args.seed)], run)
-    images, _ = next(loader)
+    images, _ = next(batches(dataset, [(ids, args.seed)], run))
     visible, filled = model.eval().reconstruct(images, args.mask_ratio)
     note = " (hidden patches with their true mean and contrast)" if model.norm_pixels else ""
     path = f"{args.out}/reconstruction.png"
@@ -336,8 +335,8 @@ def draw(model, dataset, run, count=10):
 # ==========================================================================================================
 
 def labelled_ids(dataset, limit=None, seed=0, per_class=None):
-    """→ numbers (m,) of at most `limit` labelled images, in random order; of those at most per_class of each
-    class, if it is given. Raises UserError if there are fewer than two classes."""
+    """→ numbers (m,) of at most `limit` labelled images in random order; with per_class, at most so many of
+    each class, class by class. Raises UserError if there are fewer than two classes."""
     labels = labels_of(dataset or []).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
@@ -418,8 +417,8 @@ def feature_accuracy(classifier, encoder, train, ids, val, val_ids, run):
 
 
 def report(encoder, train, val, run):
-    """Says how well a linear classifier does with the frozen features of up to 6,000 images, and with those
-    of an encoder that was not trained."""
+    """Says how well a linear classifier does with the frozen features of 6,000 images (or --limit), and with
+    those of an encoder that was not trained."""
     args = run.args
     try:
         ids = labelled_ids(train, args.limit or 6000)
@@ -582,8 +581,8 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
 
         for i in range(run.accumulate):
             images, labels = next(loader)                             # (b, C, H, W), (b,) or (b, H, W)
-            # Random changes to pixels and labels, only in fine-tuning: a part becomes noise; two images are
-            # mixed, or a piece of one is put into the other, and so are their labels.
+            # Random changes, by default only in ImageNet's fine-tuning: a part of an image becomes noise; two
+            # images and their labels are mixed, or a piece of one replaces the other's.
             if args.erasing:
                 images = torch.stack([erase(image) for image in images])
             if mixes:                                                 # labels become (b, K)
@@ -717,7 +716,7 @@ def open_maps(args):
 class Segmenter(nn.Module):
     """An encoder that gives every pixel a class: images (B, C, H, W) → scores (B, K, H, W). head "linear":
     the patch tokens of the last four blocks go through one 1×1 convolution, and the encoder is frozen.
-    "conv": two up-convolutions come before that one, and everything is fine-tuned."""
+    "conv": two up-convolutions come before that one, and all but positions is fine-tuned."""
 
     def __init__(self, encoder, num_classes, head):
         super().__init__()
@@ -761,9 +760,9 @@ class Segmenter(nn.Module):
 
 
 def load_segmenter(path, **overrides):
-    """→ the `Segmenter` in a best.pt of --task segment, ready for `predict`, on images that are normalised by
-    encoder.mean and encoder.std. The names of its classes are encoder.classes. overrides: as for
-    `load_encoder`. Raises UserError if there is none."""
+    """→ the `Segmenter` in a checkpoint of --task segment, ready for `predict` on normalised images, that is
+    (pixels − mean) / std. Its encoder.mean and encoder.std (lists) and encoder.classes (names) come from the
+    file. overrides: as for `load_encoder`. Raises UserError if there is none."""
     saved = read_checkpoint(path)
     if "head" not in saved:
         raise UserError(f"{path} holds no segmenter")
@@ -782,11 +781,12 @@ def segment(args, train=None, val=None):
     options = dict(num_classes=0, global_pool="token", drop_path_rate=args.drop_path)
     encoder, train, val = prepare(args, run, train, val, **options)
     args.classes = [str(name) for name in train.classes]
-    model = Segmenter(encoder, len(args.classes), args.head)
-    if args.eval:
-        if encoder.classes != args.classes:
-            raise UserError(f"{args.init} is no segmenter of these classes: train one first, without --eval")
+    if not args.eval:
+        model = Segmenter(encoder, len(args.classes), args.head)
+    elif encoder.classes == args.classes:
         model = load_segmenter(args.init, img_size=args.size)
+    else:
+        raise UserError(f"{args.init} is no segmenter of these classes: train one first, without --eval")
     ids = spread(len(train), args.labels or args.limit)
     val_ids = spread(len(val), args.limit)
     fit(run, model, dict(encoder=model.encoder, head=model.head), train, ids, val, val_ids)
@@ -796,7 +796,7 @@ def segment(args, train=None, val=None):
     # Draw images, true classes and predicted classes. A class's colour is its number times a step for every
     # channel that wraps around at 256, so neighbours look different.
     images, labels = next(batches(val, in_parts(spread(len(val), 8)), run))
-    answers = model.predict(images).argmax(dim=1)
+    answers = model.eval().predict(images).argmax(dim=1)
     steps = (67 + 46 * torch.arange(args.in_chans))[:, None, None]
     path = f"{args.out}/segmentation.png"
     save_image_rows(path, {
@@ -829,9 +829,9 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data, task, and model or width of the encoder; later rows override earlier ones.
+# Defaults by kind of data, task, --head, and model or width of the encoder; later rows override earlier ones.
 # "imagenet" is the paper's recipe (appendix A.1). "scenes" is for scenes and all small data and takes minutes
-# on a CPU [not in the paper]; `updates` is the number of steps.
+# on a CPU [not in the paper]; `updates` is the number of steps, unless `epochs` is set.
 PRESETS = {
     "scenes": dict(
         model="nano",
@@ -864,7 +864,7 @@ PRESETS = {
     "imagenet probe 1280": dict(epochs=50),
     "imagenet finetune 1024": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "imagenet finetune 1280": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
-    "segment": dict(epochs=None, updates=600, batch=32, lr=0.08),
+    "segment": dict(epochs=None, updates=600, batch=32, lr=0.08, warmup=None),
     "segment conv": dict(lr=1.6e-2, layer_decay=0.75),
 }
 
@@ -873,8 +873,9 @@ def preset(args, kind):
     """→ the defaults for a kind of data, and for the task and model in args."""
     task = args.task
     data = kind.replace("small", "scenes")
+    classifies = task in ("probe", "finetune")
     width = None
-    if data == "imagenet" and args.init is not None:                  # the recipe depends on the encoder
+    if data == "imagenet" and classifies and args.init is not None:   # the recipe depends on the encoder
         width = load_encoder(args.init).embed_dim
     values = dict(min_lr=0.0)
     for row in (
@@ -888,7 +889,7 @@ def preset(args, kind):
         values |= PRESETS.get(row, {})
     if args.init is None:
         values["layer_decay"] = 1.0                                   # from scratch all layers learn alike
-    if args.labels and task != "segment":
+    if args.labels and classifies and data == "scenes":
         values |= dict(batch=20, updates=1000)
     if args.data and task == "segment":
         values["crop"] = 0.25                                         # a crop of 1 never sees an image's ends
@@ -908,11 +909,11 @@ def options():
     add = parser.add_argument_group("judging an encoder").add_argument
     add("--eval", action="store_true", help="only evaluate the classifier or segmenter in --init")
     add("--labels", type=number(int, 1), help="train on so many images of each class; segment: in all")
-    add("--head", choices=("linear", "conv"), default="linear", help="segment: with a frozen encoder, or not")
-    add("--train-blocks", type=number(int, 0), help="fine-tune only the last blocks, this many, and the head")
+    add("--head", choices=("linear", "conv"), default="linear", help="segment: conv also trains the encoder")
+    add("--train-blocks", type=number(int, 0), help="fine-tune only this many last blocks, norm and head")
     add("--pool", choices=("token", "avg"), default="avg", help="feature: class token or mean patch token")
-    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate over the next's (paper: 0.65)")
-    add("--randaugment", type=number(int, 0, 10), default=0, help="magnitude of two changes (paper: 9)")
+    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate / the next layer's (paper: 0.65)")
+    add("--randaugment", type=number(int, 0, 10), default=0, help="strength; 0: without it (paper: 9)")
     for name, text in {
         "--drop-path": "how often blocks are skipped (paper: 0.1)",
         "--label-smoothing": "part of a target for all classes (paper: 0.1)",

@@ -247,7 +247,8 @@ def pretrain(args, train=None, val=None):
     size = VITS[args.model] | dict(patch_size=args.patch)
     encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
     if args.init is not None:                                               # the decoder always starts anew
-        encoder = load_encoder(args.init, img_size=args.size, in_chans=args.in_chans)
+        encoder = load_encoder(
+            args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
     decoder = Decoder(encoder, **args.decoder)
     args.vit = encoder.config
     model = MixedAE(
@@ -347,7 +348,7 @@ MINUTES = dict(
 IMAGENET = dict(
     model="base",
     size=[224],
-    decoder=dict(embed_dim=512, depth=8, num_heads=16),
+    decoder={},                                                             # `Decoder`'s defaults are MAE's
     norm_pixels=True,
     crop=0.2,
     epochs=800,

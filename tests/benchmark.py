@@ -387,7 +387,7 @@ def scripts(args, steps=20):
         cases = [
             ("MAE", mae, mae.PRESETS["imagenet"], vit),
             ("MixedAE (aim: 1.03)", mixedae, mixedae.IMAGENET, vit),
-            ("AutoMAE", automae, automae.PRESETS["imagenet"], vit + f"--prior {folder}/prior.pt"),
+            ("AutoMAE", automae, automae.IMAGENET, vit + f"--prior {folder}/prior.pt"),
             ("ResNet-50", mra, mra.PRESETS["imagenet"], augmentor + "none"),
             ("ResNet-50, MRA (aim: 1.10)", mra, mra.PRESETS["imagenet"], augmentor + "mra"),
         ]

@@ -845,7 +845,7 @@ def test_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
 
 
 def test_every_weight_matrix_is_decayed_and_nothing_else():
-    vit = ViT(**TINY | dict(num_classes=3))
+    vit = ViT(**TINY | dict(num_classes=3)).requires_grad_(True)      # as in fine-tuning: positions, too
     vit.decoder = Decoder(vit, embed_dim=16, depth=1, num_heads=2)
     groups = decay_groups(vit, 0.05, lambda name: 0.1 if name.startswith("head") else 1.0)
     found = {id(p): (group["weight_decay"], group["lr_scale"]) for group in groups for p in group["params"]}

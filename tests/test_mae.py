@@ -516,6 +516,15 @@ def test_init_goes_on_from_weights_also_without_a_decoder(trained, tmp_path, cli
             assert log_of(tmp_path / "on")[-2]["val_loss"] == pytest.approx(
                 log_of(trained)[-2]["val_loss"], rel=1e-5
             )
+
+    # Of a classifier goes on what pre-training trains: no head, no norm behind the mean.
+    classifier = ViT(32, 8, embed_dim=16, depth=1, num_heads=2, num_classes=5, global_pool="avg")
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    flags = [*MODEL, "--init", tmp_path / "classifier.pth", "--epochs", 1]
+    assert cli("--out", tmp_path / "classifier", *flags)[0] == 0
+    names = saved(tmp_path / "classifier")["encoder"].keys()
+    assert names == ViT(32, 8, embed_dim=16, depth=1, num_heads=2).state_dict().keys()
+
     for init in ("", tmp_path / "none.pth"):
         code, _, errors = cli("--out", tmp_path / "x", *MODEL, "--init", init)
         assert code == 2 and errors.count("\n") == 1
@@ -838,11 +847,16 @@ def test_segmentation_learns_and_its_checkpoint_keeps_its_figures(head, epochs, 
     assert log_of(tmp_path / "two")[-1]["mean_iou"] == pytest.approx(best["mean_iou"])
 
 
-def test_maps_of_ones_own_and_two_channels_are_segmented(tmp_path):
+def test_maps_of_ones_own_and_two_channels_are_segmented(tmp_path, monkeypatch):
     def data(count):
         maps = torch.randint(0, 3, (count, 32, 32)).byte()
         return Images(60 * maps[:, None].repeat(1, 2, 1, 1), maps, ["a", "b", "c"])
 
+    def predict(model, images, predict=mae.Segmenter.predict):
+        assert not model.training                                     # also for the image at the end
+        return predict(model, images)
+
+    monkeypatch.setattr(mae.Segmenter, "predict", predict)
     args = args_of(tmp_path, "--task", "segment", "--model", "nano", *TASK, "--epochs", 1)
     mae.segment(args, data(40), data(10))
     assert log_of(tmp_path)[-1]["task"] == "segment" and (tmp_path / "segmentation.png").exists()
@@ -1037,6 +1051,12 @@ def test_imagenet_gets_the_papers_recipe(task, tmp_path):
         args = vars(parse_args(mae.options(), "mae", lambda args, kind: mae.preset(args, "imagenet"), flags))
         wanted = PAPER[task] | row
         assert {key: args[key] for key in wanted} == wanted
+
+
+def test_short_runs_on_large_data_keep_nothing_of_the_long_recipe(tmp_path):
+    args = args_of(tmp_path, "--task", "segment", "--head", "conv")
+    values = mae.preset(args, "imagenet")
+    assert values["updates"] == 600 and values["epochs"] is values["warmup"] is None
 
 
 def test_a_small_folder_gets_a_small_recipe(folder, tmp_path):
