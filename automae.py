@@ -23,16 +23,16 @@ is a plain vision transformer.
 Measured with seeds 0 to 3, one thread of an AMD EPYC (seed 3: two): in the last epoch the generator's
 probability is 6.0, 3.2, 3.4 and 2.6 times as high on objects as on background. A map that is the same for all
 images, the mean over a batch, reaches 3.1, 2.9, 2.9 and 3.0. So with seed 0 the look at the single image
-doubles the ratio; with the others nearly all that the generator learns is where objects tend to lie. It
-depends on the prior: that of seed 0 has a head that is 10.5 times as high on objects, no head of those of
-seeds 1 and 2 exceeds 2.1.
+nearly doubles the ratio; with the others nearly all that the generator learns is where objects tend to lie.
+It depends on the prior: one head of seed 0's attends 10.5 times as much to objects as to background, no head
+of seeds 1 and 2 more than 2.1 times.
 
 Better features are not shown: a linear classifier on the mean patch token is right for 0.42, 0.40 and 0.43,
 after as many steps of random masks (--masking random) for 0.44, 0.40 and 0.42. With true boxes it is 0.21,
 0.21 and 0.21, no better than before training. They hide nearly the whole object. In a scene nothing of an
 object can be inferred from the background, so, we think, nothing teaches the encoder about objects, and
-scenes cannot show what the paper says about boxes. Learned masks hide 0.83 to 0.86 of the object and 0.72 of
-the background, and do no such harm.
+scenes cannot show what the paper says about boxes. Learned masks hide 0.82 to 0.86 of the object and 0.72 to
+0.73 of the background, and do no such harm.
 
 Details that matter
 1. No layer of the discriminator has a bias. With biases it can answer ½ to everything, and then nothing

@@ -1305,7 +1305,7 @@ def shared_options(description):
     add = parser.add_argument
     add("--data", help="a folder, or a torchvision dataset: cifar10 …; None: scenes, drawn on the spot")
     add("--out", help="folder for checkpoints, log and images; left out: runs/SCRIPT")
-    add("--init", help="checkpoint to take weights from: ours, MAE's, timm's or Hugging Face's")
+    add("--init", help="checkpoint to start from: ours, MAE's, timm's, Hugging Face's (not in mra.py)")
     add("--model", choices=VITS, help="size of the encoder (paper: base)")
     add("--size", type=count, nargs="+", help="side in pixels, or height and width (paper: 224)")
     add("--patch", type=count, help="side of a patch in pixels; None: by the size (paper: 16)")
@@ -1314,7 +1314,7 @@ def shared_options(description):
     add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (paper: 1.5e-4)")
     add("--warmup", type=amount, help="epochs of rising learning rate; None: a tenth of all (paper: 40)")
     add("--limit", type=count, help="use only this many images, for a quick try")
-    add("--seed", type=whole, default=0, help="decides weights, order, crops and masks")
+    add("--seed", type=whole, default=0, help="decides weights, order, crops, masks and which scenes")
     add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
     add("--overwrite", action="store_true", help="replace the run in OUT")
 

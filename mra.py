@@ -18,7 +18,7 @@ then cannot rely on details of the background.
     python mra.py --augment mra --baseline    # a classifier trained with MRA, and one without
     python mra.py --data fashion-mnist --labels 50 --augment mra cutmix      # both, one after the other
     python mra.py --labels 1000 --imbalance 100 --augment mra    # a long tail
-    python mra.py --task semi                 # few labels, many images; also --task fewshot, occlusion
+    python mra.py --task semi                 # few labels, many images; also --task fewshot
     torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
 Measured with the first command, seed 0, one thread of an AMD EPYC: a classifier trained without MRA has an
@@ -676,7 +676,7 @@ def options():
     add("--apply", type=fraction, default=1.0, help="probability that an image is augmented")
     add("--augmentor", help="checkpoint of a masked autoencoder; left out: one is trained in OUT/augmentor")
     add("--augment", nargs="+", choices=("none", "mra", "cutout", "cutmix", "mixup", "randaugment"),
-        default=["mra"], help="for training images, one or several (default for scenes: none)")
+        default=["mra"], help="for training images, one or several (default for scenes, supervised: none)")
     add("--baseline", action="store_true", help="then do the same without MRA, in OUT/baseline")
     add("--classifier", choices=["conv4", *torchvision.models.list_models(module=torchvision.models)],
         metavar="NAME", help="conv4, or one of torchvision's (paper: resnet50)")
