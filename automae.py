@@ -24,8 +24,8 @@ Measured with seeds 0 to 3, one thread of an AMD EPYC (seed 3: two): in the last
 probability is 6.0, 3.2, 3.4 and 2.6 times as high on objects as on background. A map that is the same for all
 images, the mean over a batch, reaches 3.1, 2.9, 2.9 and 3.0. So with seed 0 the look at the single image
 nearly doubles the ratio; with the others nearly all that the generator learns is where objects tend to lie.
-It depends on the prior: one head of seed 0's attends 10.5 times as much to objects as to background, no head
-of seeds 1 and 2 more than 2.1 times.
+It depends on the prior: with seed 0 one head attends 10.5 times as much to objects as to background, with
+seeds 1 and 2 none more than 2.1 times.
 
 Better features are not shown: a linear classifier on the mean patch token is right for 0.42, 0.40 and 0.43,
 after as many steps of random masks (--masking random) for 0.44, 0.40 and 0.42. With true boxes it is 0.21,
@@ -42,7 +42,7 @@ Details that matter
 3. In each step the discriminator learns first, on masks without gradient. Then it is frozen, and encoder,
    decoder and generator learn together from the reconstruction plus 0.2 · (D(mask) − 1)².
 4. Gumbel noise is drawn twice a step: for the discriminator, and for the autoencoder and the generator.
-5. Highlighted are n patches, as many as stay visible, not as many as get hidden.
+5. n patches are highlighted, as many as stay visible, not as many as get hidden.
 6. Highlighted patches are hidden more often, not surely: 0.5 is added to their random noise from 0 to 1.
 7. Sorting has no gradient. Two tricks let one pass: the n highest of the soft mask become 1, but keep the
    soft mask's gradient; and every token is multiplied by a 1 that has the gradient of its score.
@@ -54,6 +54,7 @@ Details that matter
 
 import argparse
 import os
+import pathlib
 
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, label_objects,
@@ -93,8 +94,8 @@ def make_discriminator(grid):
     """→ a module: soft mask (B, N) → scores (B, 1 or more), towards 1 if it looks like a box, towards 0 if
     like the generator's (section 3.2). Spectral norm divides the weights of a layer by their largest singular
     value, so that scores change gently. No biases (detail 1)."""
-    # 14×14 patches become 7×7, 3×3, and one score. Smaller grids, of at least 4×4, need a border in the last
-    # layer [not in the paper].
+    # 14×14 patches become 7×7, 3×3, and one score. Sides of 4 to 11 patches need a border in the last layer
+    # [not in the paper].
     border = int(min(grid) < 12)
     return nn.Sequential(
         nn.Unflatten(1, (1, *grid)),                                  # (B, 1, h, w)
@@ -156,7 +157,7 @@ class AutoMAE(nn.Module):
         self.norm_pixels = norm_pixels
         self.mask_factor = mask_factor
         self.places = encoder.grid[0] * encoder.grid[1]               # N
-        self.visible = int(self.places * (1 - mask_ratio))            # n
+        self.visible = max(1, int(self.places * (1 - mask_ratio)))    # n
 
     def forward(self, images, hint):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
@@ -178,9 +179,9 @@ class AutoMAE(nn.Module):
         # the top are hidden (detail 6).
         noise = torch.rand(len(images), self.places, device=images.device)
         score = noise + self.mask_factor * highlighted                # (B, N)
-        ids_keep, ids_restore, mask = hide(score.detach(), self.visible)
+        ids_keep, ids_restore, mask = hide(score, self.visible)
 
-        # Multiply every token by 1, but by a 1 with the gradient of the score. If a visible token would
+        # Multiply every token by a 1 whose gradient goes to the score. If a visible token would
         # rather be larger, its score rises, and with it the chance that it is hidden the next time; so the
         # loss of reconstruction reaches the generator (detail 7).
         one = 1 + (score - score.detach())
@@ -206,7 +207,7 @@ class AutoMAE(nn.Module):
 
 def load_prior(args, run, train, val):
     """→ the frozen ViT whose attention gives hints: --prior, or a masked autoencoder that is trained here, in
-    OUT/prior, by the same function."""
+    OUT/prior, by the same function and for as long as AutoMAE."""
     path = args.prior
     if path is None:
         out = f"{args.out}/prior"
@@ -214,9 +215,9 @@ def load_prior(args, run, train, val):
         # One that was interrupted goes on where it stopped, and one that is finished is used as it is.
         goes_on = os.path.exists(path) and (args.resume or not args.overwrite)
         run.print(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
-        options = vars(args) | dict(
-            masking="random", epochs=None, updates=args.prior_updates, out=out, resume=goes_on,
-            overwrite=not goes_on)
+        if not args.resume:                                           # an older run in OUT ends here
+            pathlib.Path(args.out, "args.json").unlink(missing_ok=True)
+        options = vars(args) | dict(masking="random", out=out, resume=goes_on, overwrite=not goes_on)
         pretrain(argparse.Namespace(**options), train, val)
         if run.world > 1:                                             # until process 0 has written it
             dist.barrier()
@@ -238,7 +239,7 @@ def find_hint(args, prior, images, labels, model):
 
 
 def pretrain(args, train=None, val=None):
-    """Pre-trains an autoencoder. args: from `parse_args`. train, val: datasets of your own, instead of
+    """Pre-trains an autoencoder. args: as `main` makes them. train, val: datasets of your own, instead of
     --data."""
     run = Run(args)
     train, val = map(label_objects, prepare_data(args, run, train, val))
@@ -343,7 +344,8 @@ def where_it_hides(model, hint, mask, masks):
     found = {}
     found["hidden_foreground"], found["hidden_background"] = means(mask)
     if model.generator:
-        # Objects tend to lie in the middle. The mean map of a batch knows that without looking at any image.
+        # Objects tend to lie in the middle. The mean map of a micro-batch knows that without a look at any
+        # image.
         probability = model.generator(hint).exp()
         maps = dict(foreground_ratio=probability, static_ratio=probability.mean(dim=0, keepdim=True),
                     attention_ratio=hint.mean(dim=1))
@@ -355,7 +357,7 @@ def where_it_hides(model, hint, mask, masks):
 
 @torch.no_grad()
 def draw(model, prior, dataset, run):
-    """Writes OUT/masks.png: images; where the prior looks and what the generator makes of it, as brightness;
+    """Writes OUT/masks.png: images; where the prior looks and what the generator makes of it, as contrast;
     what the encoder sees; what the decoder predicts, with norm_pixels normalised patches."""
     encoder, args = model.encoder, run.args
     images, labels = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
@@ -379,14 +381,13 @@ def draw(model, prior, dataset, run):
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data. ImageNet gets the paper's recipe; the prior is trained for 800 epochs, too. Scenes
-# and small data take minutes on a CPU [not in the paper]; `updates` is their number of steps.
+# Defaults by kind of data, for the prior as well. ImageNet gets the paper's recipe. Scenes and small data
+# take minutes on a CPU [not in the paper]; `updates` is their number of steps.
 MINUTES = dict(
     model="nano",
     decoder=dict(embed_dim=64, depth=1, num_heads=4),
     norm_pixels=False,
     crop=1.0,
-    prior_updates=2500,
     updates=2500,
     batch=16,
     lr=2.4e-2)
@@ -396,7 +397,6 @@ IMAGENET = dict(
     norm_pixels=True,
     size=[224],
     crop=0.2,
-    prior_updates=249_600,
     epochs=800,
     batch=4096,
     lr=1.5e-4,
@@ -413,19 +413,19 @@ def options():
         help="part of the patches that is hidden (paper: 0.75)")
     add("--mask-factor", type=float, default=0.5, help="bonus of highlighted patches (paper: 0.5)")
     add("--adversarial-weight", type=float, default=0.2, help="of looking like a box (paper: 0.2)")
-    add("--prior", help="checkpoint of a ViT for attention; left out: trained first (paper: MAE, 800 epochs)")
-    add("--prior-updates", type=number(int, 1), help="steps of that training, without --prior")
+    add("--prior", help="ViT for attention, in its patches; None: trained first (paper: MAE, 800 epochs)")
     add("--norm-pixels", action=argparse.BooleanOptionalAction,
         help="predict normalised patches (paper: yes)")
     return parser
 
 
-def main(arguments=None):
+def main(arguments=None, train=None, val=None):
+    """arguments: a list of options; None: those of the command line. train, val: as for `pretrain`."""
     pretrain(parse_args(
         options(),
         "automae",
         lambda args, kind: IMAGENET if kind == "imagenet" else MINUTES,
-        arguments))
+        arguments), train, val)
 
 
 if __name__ == "__main__":

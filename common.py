@@ -410,7 +410,7 @@ def stored_grid(table, patch_size, *sizes):
             return patch_grid(size, patch_size)
     side = math.isqrt(places)
     if side ** 2 != places:
-        raise UserError(f"{places} positions are not of a square image: give img_size=(height, width)")
+        raise UserError(f"{places} positions, and not for a square image: give img_size=(height, width)")
     return side, side
 
 
@@ -473,6 +473,11 @@ def load_encoder(path, **overrides):
     )
     given = {name: value for name, value in overrides.items() if value is not None}
     encoder = ViT(**(config | given))
+    # DINOv2's layer scale, register tokens and the like: without them the features would be wrong.
+    other = [name for name in state if name.startswith(("blocks.0.", "reg"))
+             and name not in encoder.state_dict()]
+    if other:
+        raise UserError(f"{path} is of another architecture: it also has {other}")
     state["pos_embed"] = resize_positions(state["pos_embed"], grid, encoder.grid)
     fill(encoder, state, path, optional=("head.", "norm.", "fc_norm."))
     for name in ("classes", "mean", "std"):
@@ -700,17 +705,21 @@ def torchvision_datasets(name, root):
         if "train" in inspect.signature(make).parameters:
             option, values = "train", (True, False)
         return [make(root, download=True, transform=v2.PILToTensor(), **{option: value}) for value in values]
-    except (KeyError, RuntimeError, OSError, TypeError) as error:
+    except (KeyError, RuntimeError, OSError, TypeError, ValueError, ImportError) as error:
         raise UserError(f"--data {name} is no folder, and torchvision cannot load such a dataset: {error}")
 
 
 def labels_of(dataset):
-    """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of
-    labels."""
-    for name in ("targets", "labels", "_labels"):                     # torchvision uses all three
-        if hasattr(dataset, name):
-            return torch.as_tensor(getattr(dataset, name))
-    return torch.tensor([dataset[i][1] for i in range(len(dataset))])
+    """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of labels.
+    Maps, or several labels an image, count as unknown."""
+    labels = None
+    for name in ("_labels", "labels", "targets"):                     # torchvision uses all three
+        labels = getattr(dataset, name, labels)
+    if labels is None:
+        labels = [dataset[i][1] for i in range(len(dataset))]
+    if len(labels) and np.ndim(labels[0]):
+        labels = [-1] * len(labels)
+    return torch.as_tensor(labels)
 
 
 def open_data(args):
@@ -747,7 +756,7 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     image, label = train[0]
     if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
-    if image.is_floating_point() and image.max() <= 1:
+    if image.is_floating_point() and 0 < image.max() <= 1:
         raise UserError("the images' pixels go from 0 to 1: a dataset has to give uint8, 0 to 255")
     args.in_chans = len(image)
 
@@ -769,11 +778,13 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     if args.mean is None or args.std is None:
         mean, std = getattr(train, "mean", None), getattr(train, "std", None)
         if mean is None or std is None:
-            pixels = [train[i][0].flatten(1).float() for i in spread(len(train), 500).tolist()]
+            ids = spread(len(train), 500).tolist()
+            pixels = [middle(train[i][0], args.size).flatten(1).float() for i in ids]
             pixels = torch.cat(pixels, dim=1)                         # (C, all pixels)
             mean = pixels.mean(dim=1).tolist()
             std = pixels.std(dim=1).clamp(min=1).tolist()             # a channel may be the same everywhere
-        args.mean, args.std = args.mean or mean, args.std or std
+        args.mean = args.mean or [float(value) for value in mean]     # of a list, array or tensor
+        args.std = args.std or [float(value) for value in std]
     for numbers in (args.mean, args.std):
         if len(numbers) != args.in_chans:
             raise UserError(
@@ -782,7 +793,8 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     # Images that are small at --size are read once and for all: decoding a photo takes longer than a
     # training step of a small model.
     pixels = len(train) * math.prod(args.size)
-    if args.data is None or max(args.size) > 96 or pixels > 500_000_000 or np.ndim(label):
+    known = args.data is None or isinstance(train, Images)            # nothing has to be read
+    if known or max(args.size) > 96 or pixels > 500_000_000 or np.ndim(label):
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
 
@@ -1089,8 +1101,8 @@ class Run:
             args.epochs = math.ceil(args.updates / self.steps_per_epoch)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = self.total_steps / 10
-        if args.warmup is not None:
-            self.warmup_steps = args.warmup * self.steps_per_epoch
+        if args.warmup is not None:                                   # too long for few --epochs? cut it
+            self.warmup_steps = min(args.warmup * self.steps_per_epoch, self.total_steps / 5)
 
         # Random numbers are a function of (seed, step), so the step is all there is to know about them.
         if args.resume:
@@ -1131,7 +1143,7 @@ class Run:
         with open(f"{args.out}/args.json", "w" if args.resume or args.overwrite else "x") as file:
             json.dump(vars(args) | made_with, file, indent=1)
         if not args.resume:
-            for name in ("last.pt", "best.pt", "log.jsonl"):
+            for name in ("last.pt", "best.pt", "log.jsonl", "baseline/last.pt"):
                 pathlib.Path(args.out, name).unlink(missing_ok=True)
 
     def log(self, **values):
@@ -1185,7 +1197,9 @@ class Run:
                 raise KeyboardInterrupt
 
         numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # not on Windows
-        handlers = {number: signal.signal(number, stop) for number in numbers}
+        # What nohup ignores stays ignored.
+        handlers = {number: signal.signal(number, stop) for number in numbers
+                    if signal.getsignal(number) != signal.SIG_IGN}
         self.looked_at = time.monotonic()
         self.began, self.save_at = self.looked_at - self.seconds, self.looked_at + 30
         try:
@@ -1312,7 +1326,7 @@ def shared_options(description):
     add("--epochs", type=count, help="times every image is seen; None: by the number of steps (paper: 800)")
     add("--batch", type=count, help="images a step, over all processes (paper: 4096)")
     add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (paper: 1.5e-4)")
-    add("--warmup", type=amount, help="epochs of rising learning rate; None: a tenth of all (paper: 40)")
+    add("--warmup", type=amount, help="epochs of rising rate, at most 1/5 of all; None: 1/10 (paper: 40)")
     add("--limit", type=count, help="use only this many images, for a quick try")
     add("--seed", type=whole, default=0, help="decides weights, order, crops, masks and which scenes")
     add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
@@ -1379,6 +1393,8 @@ def parse_args(parser, script, preset, arguments=None):
     parser.set_defaults(**values)
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(arguments)
+    if args.resume:
+        args.overwrite = False
     args.out, args.resume = out, resume
     args.size = args.size and to_pair(args.size)
 

@@ -54,10 +54,10 @@ import pathlib
 from dataclasses import dataclass
 
 from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, Images, Run, UserError, ViT, batches, decay_groups, entry, fill, gather_tokens, is_image,
-    labels_of, learning_rate, load_decoder, load_encoder, number, open_data, parse_args, patchify,
-    prepare_data, read_checkpoint, read_image, save_image_rows, shared_options, spread, to_pixels,
-    training_plan, unpatchify)
+    VITS, Decoder, ImageFolder, Images, Run, UserError, ViT, batches, decay_groups, entry, fill,
+    gather_tokens, is_image, labels_of, learning_rate, load_decoder, load_encoder, number, open_data,
+    parse_args, patchify, prepare_data, read_checkpoint, read_image, save_image_rows, shared_options, spread,
+    to_pixels, training_plan, unpatchify)
 
 import numpy as np
 import torch
@@ -343,7 +343,8 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
     order = order[labels[order] >= 0][:limit]
     classes = labels[order].unique()
     if len(classes) < 2:
-        raise UserError("this needs labelled images to train and to validate: train/CLASS and val/CLASS")
+        raise UserError("this needs labelled images to train and to validate: train/CLASS and val/CLASS, "
+                        "without images beside these folders")
     if per_class:
         order = torch.cat([order[labels[order] == k][:per_class] for k in classes])
     return order
@@ -421,8 +422,8 @@ def report(encoder, train, val, run):
     those of an encoder that was not trained."""
     args = run.args
     try:
-        ids = labelled_ids(train, args.limit or 6000)
         val_ids = labelled_ids(val, args.limit or 3000)
+        ids = labelled_ids(train, args.limit or 6000)
     except UserError:
         return run.print("the data have no labels, or no validation images: the features are not judged")
     torch.manual_seed(args.seed)
@@ -462,7 +463,9 @@ def make_classifier(args, vit, num_classes):
     it is. Raises UserError if it then has no head for so many classes."""
     if args.eval:
         if vit.num_classes != num_classes or vit.classes not in (None, args.classes):
-            raise UserError(f"{args.init} is no classifier of these classes: train one first, without --eval")
+            raise UserError(
+                f"{args.init} is no classifier of these classes (a probe's is its best.pt): train one first, "
+                f"without --eval")
         return
     vit.head = nn.Linear(vit.embed_dim, num_classes)
     std = 0.01 if args.task == "probe" else 2e-5
@@ -504,22 +507,25 @@ def evaluate(model, dataset, ids, run):
     and prediction, divided by the number that have it in either; the mean is over classes that occur in truth
     or prediction."""
     num_classes = len(run.args.classes)
+    segments = isinstance(model, Segmenter)
     score = model.eval().forward                                      # not compiled for each batch size
-    transform, size = None, 100
-    if isinstance(model, Segmenter):
+    transform, size, best = None, 100, min(5, num_classes)
+    if segments:
         # It sees images as they are. Files differ in size then, and cannot form a batch.
         score = model.predict
-        transform = v2.Identity()
+        transform, best = v2.Identity(), 1
         size = 100 if isinstance(dataset, Images) else 1
 
     # Every process takes its part of the images, so that none is counted twice.
     plan = in_parts(ids[run.rank::run.world], size)
-    confusion, in_five = 0, 0
+    confusion = torch.zeros(num_classes ** 2, dtype=torch.long, device=run.device)
+    in_five = confusion.new_zeros(())
     for images, labels in batches(dataset, plan, run, transform=transform):
         with run.autocast:
-            answers = score(images).topk(min(5, num_classes), dim=1).indices  # (b, 5, …), the best first
+            answers = score(images).topk(best, dim=1).indices         # (b, 5, …), the best first
         pairs = labels * num_classes + answers[:, 0]                  # one number for truth and prediction
-        confusion += pairs[labels >= 0].bincount(minlength=num_classes ** 2)
+        pairs = pairs[labels >= 0]
+        confusion.index_add_(0, pairs, torch.ones_like(pairs))
         in_five += (answers == labels[:, None]).sum()
     if run.world > 1:
         dist.all_reduce(confusion)
@@ -530,7 +536,7 @@ def evaluate(model, dataset, ids, run):
     right = confusion.diagonal()
     truth = confusion.sum(dim=1)
     accuracy = right.sum() / truth.sum()
-    if labels.ndim == 1:
+    if not segments:
         top5 = in_five / truth.sum()
         return dict(top1=accuracy.item(), top5=top5.item())
     union = truth + confusion.sum(dim=0) - right
@@ -589,7 +595,11 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
                 images, labels = v2.RandomChoice(mixes)(images, labels)
             wrapped.require_backward_grad_sync = i == run.accumulate - 1
             with run.autocast:
-                loss = F.cross_entropy(wrapped(images), labels, label_smoothing=args.label_smoothing)
+                losses = F.cross_entropy(
+                    wrapped(images), labels, reduction="none", label_smoothing=args.label_smoothing)
+            # The mean over what has a label. In a map that may be nothing.
+            known = (labels != -100).float().mean()
+            loss = losses.mean() / known.clamp(min=1e-9)
             run.scaler.scale(loss / run.accumulate).backward()
             run.log(loss=loss)
 
@@ -637,7 +647,8 @@ def classify(args, train=None, val=None):
         colour = [round(value) for value in args.mean]                # where a rotation leaves nothing
         change = v2.RandAugment(1, args.randaugment, 11, v2.InterpolationMode.BICUBIC, colour)
         perhaps = v2.RandomApply([change])
-        augment = v2.Compose([v2.ToPILImage(), perhaps, perhaps, v2.PILToTensor()])  # Pillow can do bicubic
+        whole = v2.ToDtype(torch.uint8)                               # 16-bit files come as floats
+        augment = v2.Compose([whole, v2.ToPILImage(), perhaps, perhaps, v2.PILToTensor()])  # bicubic
     if args.mixup:
         mixes.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
     if args.cutmix:
@@ -659,6 +670,7 @@ class Maps:
     pairs: list
     classes: list
     first: int
+    mean, std = ImageFolder.mean, ImageFolder.std
 
     def __len__(self):
         return len(self.pairs)
@@ -889,6 +901,8 @@ def preset(args, kind):
         values |= PRESETS.get(row, {})
     if args.init is None:
         values["layer_decay"] = 1.0                                   # from scratch all layers learn alike
+    if args.eval or task in ("knn", "reconstruct"):
+        values["size"] = None                                         # that of the encoder
     if args.labels and classifies and data == "scenes":
         values |= dict(batch=20, updates=1000)
     if args.data and task == "segment":

@@ -17,7 +17,7 @@ vision transformer.
 
     python mixedae.py                                           # scenes drawn here: minutes on a CPU
     python mixedae.py --data fashion-mnist --size 32            # a torchvision dataset, in 64 patches
-    python mixedae.py --no-segments --no-homologous-attention --no-contrastive      # naive mixing
+    python mixedae.py --no-segments --no-homologous-attention --contrastive-weight 0        # naive mixing
     torchrun --nproc_per_node=8 mixedae.py --data /imagenet     # MAE's recipe for ViT-B, as in the paper
     python mae.py --task probe --init runs/mixedae/last.pt      # what is the encoder worth? it is a plain ViT
 
@@ -95,8 +95,9 @@ class HomologousAttention(Attention):
     same shape. It takes over the parameters of a plain Attention (detail 5); with top_k = N it computes the
     same.
 
-    `accuracy` () is the part of the chosen keys that are of the query's image, if every `visible` tokens in
-    turn are of one. The query itself is not counted (detail 9). By chance it is (visible − 1) / (N − 1).
+    `accuracy` () is the part of the chosen keys that are of the query's image, if each run of `visible`
+    tokens is of one image. The query itself is not counted (detail 9). By chance it is (visible − 1) /
+    (N − 1).
     """
 
     def __init__(self, plain, top_k, visible):
@@ -187,7 +188,7 @@ class MixedAE(nn.Module):
 
         noise (G, N): divide the places of each group by it, instead of at random.
         """
-        # Divide the places of each group among its images. With `full` the images come once a turn.
+        # Divide the places of each group among its images. With `full` every turn uses all images.
         if noise is None:
             noise = torch.rand(len(images) // self.members, self.places, device=images.device)
         ids_keep, ids_restore, mask = divide_places(noise, self.members, self.visible, self.turns)
@@ -235,8 +236,8 @@ class MixedAE(nn.Module):
 # ------------------------------------------------------------------------------------------------- training
 
 def pretrain(args, train=None, val=None):
-    """Pre-trains a mixed autoencoder. args: from `parse_args`. train, val: datasets of your own, instead of
-    --data. Raises UserError if a micro-batch does not divide into groups."""
+    """Pre-trains a mixed autoencoder. args: as `main` makes them. train, val: datasets of your own, instead
+    of --data. Raises UserError if a micro-batch does not divide into groups."""
     run = Run(args)
     members = round(1 / args.mix_ratio)
     if run.micro_batch % members:
@@ -259,7 +260,7 @@ def pretrain(args, train=None, val=None):
         args.mixing == "full",
         args.segments,
         args.homologous_attention,
-        args.contrastive * args.contrastive_weight)
+        args.contrastive_weight)
     wrapped = run.wrap(model)                                               # on the device; compiled; DDP
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
@@ -306,7 +307,8 @@ def draw(model, dataset, run):
     attention = encoder.blocks[-1].attn
     inputs = []                                                             # of the last attention
     attention.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
-    images, _ = next(batches(dataset, [(spread(len(dataset), model.members), run.args.seed)], run))
+    ids = torch.arange(model.members) % len(dataset)
+    images, _ = next(batches(dataset, [(ids, run.args.seed)], run))
     noise = torch.rand(1, model.places, device=run.device)
     model.turns = 1                                                         # one mixture is enough
     _, prediction, mask, _ = model.forward(images, noise)
@@ -316,7 +318,7 @@ def draw(model, dataset, run):
     mixture = (patches * visible).sum(dim=0)                                # (N, P·P·C)
     rows = {"image": patches, "its places in the mixture": mixture * (0.2 + 0.8 * visible)}
 
-    # The first patch of each image is the query. Attention is in the sequence's order; bring it into the
+    # The first token of each image is the query. Attention is in the sequence's order; bring it into the
     # image's.
     order = divide_places(noise, model.members, model.visible)[0].flatten().argsort()
     weights = attention.weights(inputs[0])                                  # (1, H, 1+N, 1+N)
@@ -340,6 +342,7 @@ def draw(model, dataset, run):
 MINUTES = dict(
     model="nano",
     decoder=dict(embed_dim=64, depth=1, num_heads=4),
+    norm_pixels=False,
     crop=1.0,
     updates=5000,
     batch=16,
@@ -366,22 +369,23 @@ def options():
     add("--mixing", choices=("compose", "full"), default="compose",
         help="an image owns one part of the places, or every part once, for 1 / ratio times the work")
     add("--mix-ratio", type=float, choices=(0.5, 0.25, 0.125), default=0.25,
-        help="part of the places that an image owns; 1 / ratio images are mixed (paper: 0.25)")
+        help="part of the places that an image owns; 1 / ratio images are mixed (paper: 0.25 [from memory])")
     add("--segments", action=switch, default=True, help="add a vector to all tokens of an image (paper: yes)")
     add("--homologous-attention", action=switch, default=True,
         help="a query sees only the keys most similar to it (paper: yes)")
-    add("--contrastive", action=switch, default=True, help="learn which tokens are of one image (paper: yes)")
-    add("--contrastive-weight", type=number(float, 0), default=0.1, help="weight of that loss (paper: 0.1)")
+    add("--contrastive-weight", type=number(float, 0), default=0.1,
+        help="of the loss that asks which tokens are of one image (paper: 0.1 [from memory])")
     add("--norm-pixels", action=switch, help="predict normalised patches (paper: yes)")
     return parser
 
 
-def main(arguments=None):
+def main(arguments=None, train=None, val=None):
+    """arguments: a list of options; None: those of the command line. train, val: as for `pretrain`."""
     pretrain(parse_args(
         options(),
         "mixedae",
         lambda args, kind: IMAGENET if kind == "imagenet" else MINUTES,
-        arguments))
+        arguments), train, val)
 
 
 if __name__ == "__main__":

@@ -39,20 +39,21 @@ Details that matter
  3. Visible patches keep their pixels. The loss was on hidden ones only, so the decoder's output for visible
     ones was never trained: see "reconstruction" in OUT/augmentation.png.
  4. Predictions can leave the range of pixels and are clipped to 0 … 255.
- 5. MRA works after crop and flip, on whole batches on the device, without gradients.
- 6. The augmentor is trained on the crops that it will paint: the same --crop [not in the paper].
+ 5. MRA works after crop and flip, on the device, on many images at once, without gradients.
+ 6. The augmentor in OUT/augmentor learns on crops as it will paint: the same --crop [not in the paper].
  7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
     to the background, or to the same places in every image (as on CIFAR-10), and in a small augmentor their
-    mean can prefer anything. "low" then hides the object. The end of the augmentor's training measures this
-    where objects are known.
+    mean can prefer anything. "low" then hides the object. After its training the augmentor is measured, where
+    objects are known.
  8. FixMatch's strong view is another crop of the image than the weak view.
- 9. FixMatch's loss is a mean over all unlabelled images. Those that are not sure enough count as 0.
-10. What is evaluated after FixMatch is the moving average of the weights, batch norm's statistics included.
+ 9. FixMatch's loss is a mean over all unlabelled images. Where the classifier is unsure, it is 0.
+10. FixMatch evaluates the moving average of the weights, batch norm's statistics included.
 """
 
 import argparse
 import copy
 import os
+import pathlib
 
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, ImageFolder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens,
@@ -69,7 +70,7 @@ from torchvision.transforms import v2
 
 # -------------------------------------------------------------------------------------------------- masking
 # A strategy turns attention (B, N) into a number for every patch. The n patches with the lowest numbers stay
-# visible, so all strategies hide exactly as many patches in every image.
+# visible, so every strategy hides equally many in each image.
 
 STRATEGIES = {
     "low": torch.neg,               # hides what is attended to least, the background: the paper's choice
@@ -188,8 +189,8 @@ class MRA(nn.Module):
 
         # Take the painted pixels where patches were hidden (detail 3), in the part of the images that `apply`
         # says: one random number an image decides.
-        chosen = torch.rand_like(images[:, :1, :1, :1]) < self.probability
-        return torch.where(chosen & hidden, painted, images)
+        hidden &= torch.rand_like(images[:, :1, :1, :1]) < self.probability
+        return torch.where(hidden, painted, images)
 
     def drop(self, images):
         """images (B, C, H, W) → the same with hidden patches in the mean colour, not painted, for --task
@@ -248,8 +249,8 @@ def pretrain(args, train=None, val=None):
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
-    size = VITS[args.model] | dict(patch_size=args.patch)
-    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
+    size = VITS[args.model] | dict(img_size=args.size, patch_size=args.patch, in_chans=args.in_chans)
+    encoder = ViT(**size)
     # Half as wide as the encoder, and of two blocks [not in the paper].
     decoder = Decoder(encoder, encoder.embed_dim // 2, 2, encoder.num_heads)
     args.vit, args.decoder = encoder.config, decoder.config
@@ -273,8 +274,7 @@ def draw(mra, dataset, run):
     ratios. Where the data know their objects, says and logs which part of them stays visible."""
     args = run.args
     path = f"{args.out}/augmentation.png"
-    plan = [(spread(len(dataset), 250), 0)]
-    images, labels = next(batches(label_objects(dataset), plan, run))
+    images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
     brightness = mra.per_pixel(attention / attention.amax(1, keepdim=True))
     rows = {"image": images, "attention: the image fades where it is low": images * brightness}
@@ -284,7 +284,7 @@ def draw(mra, dataset, run):
     noises["mean map"] = -attention.mean(0).expand_as(attention)
     cases = [(name, args.mask_ratio) for name in noises]
     kept = {}
-    for name, ratio in cases + [("low", 0.2), ("low", 0.6), ("low", 0.8)]:
+    for name, ratio in cases + [("low", 0.8)]:
         case = f"{name}, {ratio:.0%}"
         painted, hidden = mra.paint(images, noises[name], ratio)
         rows[f"{case}: hidden"] = torch.where(hidden, 0.0, images)
@@ -306,8 +306,8 @@ def draw(mra, dataset, run):
 
 
 def run_first(function, args, folder, train, val, **changes):
-    """Calls a training function on OUT/folder, with some options changed → what it returns. It goes on
-    where it stopped, and returns at once when it is whole; with --overwrite it begins anew."""
+    """Calls a training function on OUT/folder, with some options changed → what it returns. An interrupted
+    run goes on, and a whole one is only evaluated again; with --overwrite alone it begins anew."""
     options = argparse.Namespace(**(vars(args) | changes))
     options.out = f"{args.out}/{folder}"
     options.resume = os.path.exists(f"{options.out}/last.pt") and (args.resume or not args.overwrite)
@@ -322,6 +322,7 @@ def make_augmentor(args, run, train, val):
     """→ the MRA of --augmentor, or of one that is trained on these data, in OUT/augmentor."""
     if args.augmentor is None:
         run.print(f"the augmentor comes first, in {args.out}/augmentor")
+        pathlib.Path(args.out, "args.json").unlink(missing_ok=True)   # an older run in OUT ends here
         run_first(pretrain, args, "augmentor", train, val, **args.light)
         args.augmentor = f"{args.out}/augmentor/last.pt"
     mra = MRA.load(
@@ -342,10 +343,10 @@ def labelled_ids(dataset, classes, limit=None, labels=None, imbalance=1):
     """→ numbers (m,) of images, class after class, at random within each: of the first `classes` classes all
     images among `limit`, or exactly `labels` of each, or a long tail. Raises UserError if there are too few,
     or no labels."""
-    if dataset is None or labels_of(dataset).max() < 1:
+    targets = labels_of(dataset or [])
+    if (targets < 1).all():
         raise UserError("this needs folders train/CLASS and val/CLASS, or a torchvision name; "
                         "without labels there is --task augmentor")
-    targets = labels_of(dataset)
     candidates = spread(len(targets), limit)
     candidates = candidates[torch.randperm(len(candidates))]
     ids = []
@@ -431,9 +432,8 @@ def classify(args, train=None, val=None):
     torch.manual_seed(args.seed)
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
-    mra = None
-    if "mra" in args.augment or args.data is None:                    # scenes: judged in any case
-        mra = make_augmentor(args, run, train, val)
+    needed = "mra" in args.augment or args.data is None               # scenes: judged in any case
+    mra = make_augmentor(args, run, train, val) if needed else None
     rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
 
     torch.manual_seed(args.seed)
@@ -446,8 +446,9 @@ def classify(args, train=None, val=None):
     # A step sees --batch labelled images. FixMatch adds UNLABELLED times as many without labels, in two
     # views. The strong view has another seed, so it is another crop (detail 8).
     all_ids = spread(len(train), args.limit)
-    count = len(all_ids) // UNLABELLED if semi else len(ids)
-    run.start(count, classifier=average, model=model, optimizer=optimizer, scaler=run.scaler)
+    run.start(
+        len(all_ids) // UNLABELLED if semi else len(ids),
+        classifier=average, model=model, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True, augment=None if semi else rand_augment)
     strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, UNLABELLED))
     weak_loader = batches(train, training_plan(all_ids, run, UNLABELLED), run, train=True)
@@ -458,8 +459,8 @@ def classify(args, train=None, val=None):
             images, labels = augment(args, mra, images, labels)       # MRA leaves the labels as they are
             return F.cross_entropy(wrapped(images), labels)
 
-        # FixMatch. The labelled images are not augmented; the strong views are. One forward pass for all
-        # three, so that batch norm sees them together.
+        # FixMatch. Labelled images are only cropped and flipped; the strong views are augmented. One forward
+        # pass for all three, so that batch norm sees them together.
         weak, _ = next(weak_loader)                                   # (u·b, C, H, W)
         strong, _ = next(strong_loader)
         strong, _ = augment(args, mra, strong)
@@ -486,7 +487,7 @@ def classify(args, train=None, val=None):
         if args.imbalance > 1:
             result |= by_size(per_class, labels_of(train)[ids].bincount(minlength=classes))
         if mra is not None:
-            # Does MRA keep the class of an image? Then a classifier that never saw a painted one stays sure.
+            # Does MRA keep the class of an image? Then a classifier trained without it stays sure.
             if run.rank == 0:
                 draw(mra, val, run)
             mra.probability = 1.0
@@ -497,9 +498,8 @@ def classify(args, train=None, val=None):
         # FixMatch needs a strong view: without MRA it is RandAugment's, as in the original.
         rest = [name for name in args.augment if name != "mra"] or ["randaugment" if semi else "none"]
         result["top1_without_mra"] = run_first(classify, args, "baseline", train, val, augment=rest)
-    text = ", ".join(f"{name} {value:.3f}" for name, value in result.items())
-    run.print(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:"
-              f"\n    {text}")
+    run.print(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:")
+    run.print("    " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
     run.write_log(step=run.step, task=args.task, **result)
     return result["top1"]
 
@@ -512,21 +512,19 @@ def evaluate(model, dataset, ids, run, change=lambda images: images):
     the true class), and the accuracy of each class (K,), over all images and processes."""
     model.eval()
     totals = torch.zeros(3, run.args.num_classes, device=run.device)
-    plan = [(part, 0) for part in ids[run.rank::run.world].split(250)]
-    for images, labels in batches(dataset, plan, run):
+    for images, labels in batches(dataset, [(part, 0) for part in ids[run.rank::run.world].split(250)], run):
         with run.autocast:
-            probability = model(change(images)).float().softmax(1)    # (b, K)
+            probability = model.forward(change(images)).float().softmax(1)  # (b, K)
         correct = probability.argmax(1) == labels
         confidence = probability.gather(1, labels[:, None])[:, 0]
-        facts = torch.stack([correct, confidence, torch.ones_like(confidence)])
-        totals.index_add_(1, labels, facts)
+        totals.index_add_(1, labels, torch.stack([correct, confidence, torch.ones_like(confidence)]))
     if run.world > 1:
         dist.all_reduce(totals)
     top1, confidence, _ = (totals.sum(1) / len(ids)).tolist()
     return dict(top1=top1, confidence=confidence), (totals[0] / totals[2].clamp(1)).cpu()
 
 
-WAYS = 5                                              # classes of an episode, as in all papers on few labels
+WAYS = 5                                              # classes of an episode, as in most papers on few labels
 
 
 def episodes(labels, ways, shots, queries=15, count=600):
@@ -567,11 +565,9 @@ def evaluate_episodes(model, mra, dataset, first, run):
     ids = (labels >= first).nonzero()[:, 0]
     labels = labels[ids]
 
-    # With MRA every support image is joined by its augmented version. How many of these the paper takes
-    # is not known [not in the paper].
-    plan = [(part, args.seed) for part in ids.split(250)]
+    # With MRA every support image is joined by one augmented version [not in the paper].
     features = []
-    for images, _ in batches(dataset, plan, run):
+    for images, _ in batches(dataset, [(part, args.seed) for part in ids.split(250)], run):
         views = [images]
         if "mra" in args.augment:
             views.append(mra.forward(images))
@@ -593,8 +589,8 @@ def occlusion(args, train=None, val=None):
     """--task occlusion: logs how the accuracy of the classifiers of --compare falls when 0, 10 … 90 % of
     the patches are dropped: those attended to least come first ("low"), or those attended to most
     ("high"), or any."""
-    if not args.compare:
-        raise UserError("--task occlusion needs --compare: the last.pt of classifiers")
+    if not (args.compare and args.augmentor):
+        raise UserError("--task occlusion needs --compare, the last.pt of classifiers, and --augmentor")
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
     run.start()
@@ -648,7 +644,7 @@ PRESETS = {
     "imagenet augmentor": dict(
         epochs=200, batch=4096, lr=1.5e-4, warmup=40.0, weight_decay=0.05),
     "imagenet semi": dict(
-        labels=100, epochs=300, batch=1024, lr=0.03, weight_decay=3e-4),
+        labels=100, epochs=300, batch=1024, micro_batch=16, lr=0.03, weight_decay=3e-4),
 }
 
 
@@ -659,7 +655,7 @@ def preset(args, kind):
     values = {}
     for row in (base, f"{base} {args.task}", f"{kind} {args.task}"):
         values |= PRESETS.get(row, {})
-    light = dict(epochs=None, warmup=None, micro_batch=None)
+    light = dict(task="augmentor", epochs=None, warmup=None, micro_batch=None)
     return values | dict(light=light | PRESETS[f"{base} augmentor"])
 
 
@@ -678,7 +674,7 @@ def options():
     add("--augment", nargs="+", choices=("none", "mra", "cutout", "cutmix", "mixup", "randaugment"),
         default=["mra"], help="for training images, one or several (default for scenes, supervised: none)")
     add("--baseline", action="store_true", help="then do the same without MRA, in OUT/baseline")
-    add("--classifier", choices=["conv4", *torchvision.models.list_models(module=torchvision.models)],
+    add("--classifier", choices=["conv4", *torchvision.models.list_models(torchvision.models)],
         metavar="NAME", help="conv4, or one of torchvision's (paper: resnet50)")
     add("--labels", type=count, help="labelled images of each class")
     add("--imbalance", type=count, default=1,

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import random
 import signal
 from collections import Counter
@@ -16,7 +17,7 @@ import automae
 import common
 import mae
 
-RUN = ("--size 16 --patch 4 --limit 64 --epochs 2 --prior-updates 8 --batch 16 --micro-batch 8 --lr 1e-2 "
+RUN = ("--size 16 --patch 4 --limit 64 --epochs 2 --batch 16 --micro-batch 8 --lr 1e-2 "
        "--device cpu").split()                                              # 8 steps of 16 images, twice
 
 
@@ -338,6 +339,23 @@ def test_stopped_and_resumed_it_ends_the_same_bit_for_bit(finished, cli, tmp_pat
     ratios = [f"{log_of(here)[-1][name]:.1f}" for name in ("foreground_ratio", "static_ratio")]
     assert stdout.splitlines()[-1].startswith(f"the generator's probability is {ratios[0]} times")
     assert f": {ratios[1]}" in stdout
+
+
+def test_stopped_in_its_prior_a_new_run_does_not_turn_into_the_one_it_replaces(
+        finished, cli, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    words = [*RUN, "--seed", 1, "--overwrite", "--out", tmp_path / "run"]
+    stop_in("random", monkeypatch)
+    assert cli(*words)[0] == 143
+    monkeypatch.undo()
+    find_hint, seen = automae.find_hint, []
+    monkeypatch.setattr(
+        automae, "find_hint", lambda args, *others: seen.append(args.masking) or find_hint(args, *others))
+    assert cli(*words, "--resume")[0] == 0
+    assert seen.count("random") < 2 * 8                                     # the prior went on
+    for name in ("last.pt", "prior/last.pt"):
+        saved = common.read_checkpoint(tmp_path / "run" / name)
+        assert saved["args"]["seed"] == 1 and saved["step"] == 8
 
 
 def test_the_generators_loss_does_not_train_the_discriminator(finished, cli, tmp_path):

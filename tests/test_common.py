@@ -4,6 +4,7 @@ against odd ones."""
 import argparse
 import contextlib
 import errno
+import json
 import math
 import multiprocessing
 import os
@@ -337,6 +338,13 @@ def timms(**options):
     return shake(timm.models.vision_transformer.VisionTransformer(**TINY | dict(num_classes=5) | options))
 
 
+@pytest.mark.parametrize("options", [dict(init_values=0.1), dict(qk_norm=True), dict(reg_tokens=2)])
+def test_other_architectures_are_refused(options, tmp_path):
+    torch.save(timms(**options).state_dict(), tmp_path / "timm.pth")
+    with pytest.raises(UserError):
+        load_encoder(str(tmp_path / "timm.pth"), **HEADS)
+
+
 @pytest.mark.parametrize("pool", ["token", "avg"])
 @pytest.mark.parametrize("style", ["timm", "release", "wrapped"])
 def test_classifiers_of_timm_and_of_maes_release_come_whole(pool, style, tmp_path):
@@ -654,7 +662,10 @@ def test_images_are_normalised_by_mean_and_std_and_to_pixels_goes_back(tmp_path)
     np.testing.assert_allclose(run.args.std, pixels.std((0, 2, 3)), rtol=1e-2)
     found, _ = next(batches(data, [(torch.arange(12), 0)], run))
     close(found.mean(dim=(0, 2, 3)), torch.zeros(2), 1e-4)
-    assert (to_pixels(found, run.args).int() - images.int()).abs().max() <= 1
+    assert torch.equal(to_pixels(found, run.args), images)
+    data.mean, data.std = pixels.mean((0, 2, 3)), torch.tensor([3.0, 4.0])
+    run, _, _ = opened(tmp_path, train=data)
+    assert json.loads(json.dumps(run.args.mean + run.args.std)) == [*data.mean, 3, 4]
     run, _, _ = opened(tmp_path, "--mean", 1, 2, "--std", 3, 4, train=data)
     assert (run.args.mean, run.args.std) == ([1, 2], [3, 4])
     with pytest.raises(UserError):
@@ -820,6 +831,8 @@ def test_spread_and_labels_of():
         and len(spread(5, 100)) == 5
     )
     assert labels_of(Own(torch.zeros(3, 1, 2, 2).byte())).tolist() == [0, 1, 0]
+    many = common.Images(torch.zeros(3, 1, 2, 2).byte(), torch.ones(3, 40), "ab")  # as CelebA has them
+    assert labels_of(many).tolist() == labels_of([(0, label) for label in many.targets]).tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3])

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 SCRIPTS = {"mae": mae, "automae": automae, "mixedae": mixedae, "mra": mra}
 # automae.py and mra.py train another model first, a prior and an augmentor.
-DEFAULTS = ["mae", "mixedae", "automae --prior-updates 4", "mra --labels 5 --batch 10 --augment mra"]
+DEFAULTS = ["mae", "mixedae", "automae", "mra --labels 5 --batch 10 --augment mra"]
 # Other tasks begin with checkpoints in the folder {root}.
 FINETUNE = "mae --task finetune --init {root}/mae/last.pt --drop-path 0.1 --mixup 0.8"
 SEGMENT = "mae --task segment --init {root}/mae/last.pt --head conv"

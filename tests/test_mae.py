@@ -323,6 +323,20 @@ def test_a_stopped_run_resumes_to_the_same_weights(name, trained, tmp_path, cli,
     assert_same_training(tmp_path, trained)
 
 
+def test_what_nohup_ignores_does_not_stop_a_run(tmp_path, cli, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        send(signal.SIGHUP, monkeypatch, step=11)
+        assert cli("--out", tmp_path, *MODEL)[0] == 0 and saved(tmp_path)["step"] == 24
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_warm_up_that_is_too_long_is_cut(tmp_path, cli):
+    assert cli("--out", tmp_path, *MODEL, "--epochs", 1, "--warmup", 40)[0] == 0
+    assert log_of(tmp_path)[0]["lr"] < 0.1 * 1e-2 * 8 / 256  # the last step's
+
+
 def test_a_second_interrupt_stops_at_once(tmp_path, cli, monkeypatch):
     send(signal.SIGINT, monkeypatch, step=3, wait=1.3)
     code, _, errors = cli("--out", tmp_path, *MODEL)
@@ -620,6 +634,7 @@ def test_evaluate_equals_a_slow_count(tmp_path):
         right5 += int(labels[i] in order)
     assert result["top1"] == pytest.approx(right / 270)
     assert result["top5"] == pytest.approx(right5 / 270)
+    mae.evaluate(FirstPixels(), Images(images, labels, range(7)), ids[:0], Run(args))  # of two processes one
 
 
 def test_lars_equals_a_slow_formula():
@@ -1051,6 +1066,20 @@ def test_imagenet_gets_the_papers_recipe(task, tmp_path):
         args = vars(parse_args(mae.options(), "mae", lambda args, kind: mae.preset(args, "imagenet"), flags))
         wanted = PAPER[task] | row
         assert {key: args[key] for key in wanted} == wanted
+
+
+def test_a_model_is_evaluated_at_its_own_size(tmp_path):
+    for flags in (["--task", "finetune", "--eval"], ["--task", "knn"]):
+        assert mae.preset(args_of(tmp_path, *flags), "imagenet")["size"] is None
+
+
+def test_a_map_may_know_nothing(tmp_path):
+    maps = torch.full((8, 32, 32), 255).byte()
+    maps[4:] = torch.randint(0, 2, (4, 32, 32))
+    data = Images(60 * maps[:, None].repeat(1, 3, 1, 1), maps, ["a", "b"])
+    flags = "--task segment --model nano --batch 4 --micro-batch 1 --epochs 2 --device cpu".split()
+    mae.segment(args_of(tmp_path, *flags), data, data)
+    assert all(0 < line["loss"] < 9 for line in log_of(tmp_path)[:2])
 
 
 def test_short_runs_on_large_data_keep_nothing_of_the_long_recipe(tmp_path):

@@ -300,7 +300,7 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(finished, tmp_pat
 
 
 def test_naive_mixing_attends_to_all_and_learns_from_pixels_alone(tmp_path, cli):
-    flags = ["--no-segments", "--no-homologous-attention", "--no-contrastive", "--epochs", 1]
+    flags = ["--no-segments", "--no-homologous-attention", "--contrastive-weight", 0, "--epochs", 1]
     assert cli(*RUN, *flags, "--out", tmp_path)[0] == 0
     line = log_of(tmp_path)[-1]
     assert line["loss"] == line["reconstruction_loss"]

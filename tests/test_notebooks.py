@@ -26,7 +26,7 @@ SHORTER = {
         "range(100)": "range(5)",
     },
     "automae": {
-        '"1500", "--prior-updates", "372", "--epochs", "4"': '"100", "--prior-updates", "6", "--epochs", "1"',
+        '"1500", "--epochs", "4"': '"100", "--epochs", "1"',
         "steps=600": "steps=60",
     },
     "mixedae": {'"2400", "--epochs", "4"': '"100", "--epochs", "1"'},
