@@ -831,8 +831,9 @@ def training_plan(ids, run, times=1):
     for step in range(run.step, run.total_steps):
         # All processes draw the same order, and each takes what is its own.
         epoch, place = divmod(step, run.steps_per_epoch)
-        generator = torch.Generator().manual_seed(seed_for(run.args.seed, epoch))
-        order = ids[torch.randperm(len(ids), generator=generator)]
+        if place == 0 or step == run.step:
+            generator = torch.Generator().manual_seed(seed_for(run.args.seed, epoch))
+            order = ids[torch.randperm(len(ids), generator=generator)]
         for i in range(run.accumulate):
             # The number of this micro-batch among all micro-batches of the epoch, on all processes.
             turn = (place * run.world + run.rank) * run.accumulate + i
@@ -1034,9 +1035,11 @@ class Run:
         self.rank = int(os.environ.get("RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group(timeout=timedelta(hours=2))
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.world > 1 and not dist.is_initialized():
+            # Gradients go from GPU to GPU (NCCL); some numbers stay on the CPU (Gloo).
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
 
         # Matrix products in 16 bits take half the time. bf16 has the range of float32. fp16 has not: small
         # gradients vanish in it unless the loss is scaled up, which is the scaler's work.
@@ -1083,9 +1086,9 @@ class Run:
         if on_cpu and large and torch.cpu._is_avx512_bf16_supported():
             self.autocast = torch.autocast("cpu", torch.bfloat16)
 
-        # On Windows torch.compile is missing a part.
+        # For a small model compiling takes longer than it saves. On Windows torch.compile is missing a part.
         triton = self.device.type == "cuda" and importlib.util.find_spec("triton")
-        if self.args.compile or (self.args.compile is None and triton):
+        if self.args.compile or (self.args.compile is None and large and triton):
             self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
         if self.world > 1 and any(parameter.requires_grad for parameter in model.parameters()):
@@ -1344,7 +1347,7 @@ def shared_options(description):
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (at most 256)")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products; None: bf16 where faster")
-    add("--compile", action=switch, help="torch.compile the model (on GPUs)")
+    add("--compile", action=switch, help="torch.compile models; None: large ones on GPUs")
     add("--checkpoint-blocks", action="store_true", help="less memory, a third slower: compute blocks twice")
     return parser
 

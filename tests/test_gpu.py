@@ -108,10 +108,10 @@ def test_every_task_runs_in_every_precision(command, precision, root, tmp_path):
 
 
 @pytest.mark.parametrize("command", [*DEFAULTS, FINETUNE, SEGMENT, "mae --checkpoint-blocks"])
-def test_the_defaults_compile(command, root, tmp_path):
+def test_runs_compile(command, root, tmp_path):
     # A function that is compiled for the ninth time would run uncompiled from then on, with a mere warning.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        start(command, tmp_path / "run", root)
+        start(command, tmp_path / "run", root, "--compile")           # such small ones do not by themselves
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
@@ -167,7 +167,7 @@ def test_a_model_is_one_graph_and_computes_what_it_does_uncompiled(name):
     model, inputs = build(name)
     expected = results(model, inputs, DEVICE)
     # Compiled code draws its random numbers in another way, unless it falls back on those of PyTorch.
-    options = {"fallback_random": True}
+    options = {"fallback_random": True, "reorder_for_peak_memory": False}
     found = results(model, inputs, DEVICE, fullgraph=True, dynamic=False, options=options)
     assert_close(found, expected, TOLERANCE[torch.float32])
 
@@ -214,7 +214,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(command, flag, root, tmp_path
 def test_ddp_averages_over_nccl(command, root, tmp_path, monkeypatch):
     # A run that takes itself for one of two processes wraps its models in DDP; its group has one.
     monkeypatch.setenv("WORLD_SIZE", "2")
-    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
         start(command, tmp_path / "run", root, "--no-compile")
     finally:
@@ -232,5 +232,5 @@ def test_memory_does_not_grow(command, root, tmp_path, monkeypatch):
 
     before_each_step(monkeypatch, look)
     start(command, tmp_path / "run", root, "--no-compile", "--limit", "160", "--epochs", "20")
-    _, early, late = peaks
+    *_, early, late = peaks                                           # automae.py trains a prior before
     assert late <= 1.01 * early
