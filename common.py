@@ -41,6 +41,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -72,7 +73,7 @@ def patchify(images, patch_size):
     # Each side is split in two, the number of a patch and the place within it. What belongs to one patch then
     # moves to the end, and the rest is flattened.
     h, w = patch_grid(images.shape[2:], patch_size)
-    x = images.unflatten(3, (w, patch_size)).unflatten(2, (h, patch_size))  # (B, C, h, P, w, P)
+    x = images.reshape(*images.shape[:2], h, patch_size, w, patch_size)  # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
@@ -233,7 +234,7 @@ class ViT(nn.Module):
         vars(self).update(self.config)                                # self.patch_size and so on
         self.grid = patch_grid(img_size, patch_size)
 
-        # A convolution whose stride is its size is a linear layer on each patch.
+        # A convolution whose stride is its size is a linear layer on each patch: `embed` uses it as one.
         projection = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict({"proj": projection})        # named as in timm: patch_embed.proj
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
@@ -251,8 +252,11 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """images (B, C, H, W) → tokens (B, N, D), one a patch, with its position; no class token yet."""
-        x = self.patch_embed["proj"](images)                          # (B, D, h, w)
-        return x.flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
+        # A product of matrices, because on a GPU the same convolution takes nine times as long.
+        projection = self.patch_embed["proj"]
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)     # (D, P·P·C), in patchify's order
+        x = F.linear(patchify(images, self.patch_size), weight, projection.bias)  # (B, N, D)
+        return x + self.pos_embed[:, 1:]
 
     def add_class_token(self, tokens):
         """tokens (B, n, D) → (B, 1+n, D): the class token comes first. It stands for no patch; attention
@@ -1014,6 +1018,19 @@ def decay_groups(model, weight_decay, lr_scale=lambda name: 1.0):
             for (decay, scale), members in groups.items()]
 
 
+def matrix_rate(device, dtype):
+    """→ operations per second in products of two large matrices: what this GPU can do at best."""
+    a = torch.randn(8192, 8192, device=device, dtype=dtype)
+    for _ in range(2):                                                # the first turn warms up
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ a
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return 10 * 2 * len(a) ** 3 / seconds
+
+
 class Run:
     """What a training loop needs around it: device, processes, precision, output folder, log, checkpoints.
     The loop stays the script's. Raises UserError if the options do not fit the machine or each other, or if
@@ -1030,6 +1047,7 @@ class Run:
         self.seconds = 0.0                                            # of training, over all resumed parts
         self.signal = 0                                          # the number of the signal that stops the run
         self.sums, self.numbers, self.history = {}, {}, []            # for log.jsonl
+        self.peak_images_per_s = None                                 # at the GPU's matrix rate
 
         # torchrun starts a script several times; these variables tell each process which one it is.
         self.rank = int(os.environ.get("RANK", 0))
@@ -1071,10 +1089,18 @@ class Run:
         except OSError:
             sys.stdout = open(os.devnull, "w")
 
-    def wrap(self, model):
+    def wrap(self, model, *inputs):
         """Moves a model to the device, compiles it, and under torchrun wraps it in DDP, which averages
-        gradients."""
+        gradients. inputs: what it takes beside images; with them the log of a GPU has "mfu", the part of the
+        card's matrix rate that training uses."""
         model.to(self.device)
+        if inputs and self.device.type == "cuda":
+            images = torch.zeros(self.micro_batch, self.args.in_chans, *self.args.size, device=self.device)
+            with FlopCounterMode(display=False) as counter, torch.no_grad(), self.autocast:
+                model(images, *inputs)
+            # As usual: the backward pass needs twice the operations of the forward pass.
+            work = 3 * counter.get_total_flops() / len(images)
+            self.peak_images_per_s = self.world * matrix_rate(self.device, self.autocast.fast_dtype) / work
         for module in model.modules():
             # Keep only a block's input; the backward pass computes the rest once more.
             if self.args.checkpoint_blocks and isinstance(module, Block):
@@ -1253,6 +1279,8 @@ class Run:
             images_per_s=round(self.args.batch * self.step / seconds, 1),
             seconds=round(seconds, 1),
         )
+        if self.peak_images_per_s:
+            line["mfu"] = line["images_per_s"] / self.peak_images_per_s
         left = timedelta(seconds=round(seconds / self.step * (self.total_steps - self.step)))
         text = "  ".join(f"{name} {value:.5g}" for name, value in line.items() if not isinstance(value, list))
         if waited > 2 or stop or last:                              # not after every one of many short epochs

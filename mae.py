@@ -258,7 +258,7 @@ def pretrain(args, train=None, val=None):
     decoder = prepare_decoder(args, encoder)
     args.decoder = decoder.config
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
-    wrapped = run.wrap(model)                                         # on the device; compiled; DDP
+    wrapped = run.wrap(model, args.mask_ratio)                        # on the device; compiled; DDP
     groups = decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 

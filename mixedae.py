@@ -110,7 +110,7 @@ class HomologousAttention(Attention):
         """Queries and keys (B, H, 1+N, D/H) → bool (B, H, 1+N, 1+N), true where a query sees a key."""
         # The K highest scores of each query, among patches (detail 3): all that are not below the K-th.
         scores = (q @ k.mT)[..., 1:, 1:]                                    # (B, H, N, N)
-        seen = scores >= scores.topk(self.top_k).values[..., -1:]
+        seen = scores >= scores.topk(self.top_k, sorted=False).values.amin(-1, True)
 
         # How good is the choice? The network never sees this number.
         positive, different = homologous_pairs(scores, self.visible)
@@ -209,7 +209,7 @@ class MixedAE(nn.Module):
 
         # Un-mix: each image gets its tokens back, and a copy of the class token (detail 7). The decoder is
         # MAE's.
-        class_tokens = latent[:, :1].repeat_interleave(self.members, dim=0)
+        class_tokens = latent[:, :1].repeat_interleave(self.members, 0)
         patches = latent[:, 1:].unflatten(1, (self.members, -1)).flatten(0, 1)
         unmixed = torch.cat([class_tokens, patches], dim=1)                 # (B, 1+n, D)
         prediction = self.decoder(unmixed, ids_restore)                     # (B, N, P·P·C)
@@ -261,7 +261,7 @@ def pretrain(args, train=None, val=None):
         args.segments,
         args.homologous_attention,
         args.contrastive_weight)
-    wrapped = run.wrap(model)                                               # on the device; compiled; DDP
+    wrapped = run.wrap(model, None)                                         # on the device; compiled; DDP
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     ids = spread(len(train), args.limit)

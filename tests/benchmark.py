@@ -19,6 +19,7 @@ step's part of it counts the operations that our step needs, whichever code comp
     epoch      50,000 images of 32 pixels from memory, ViT-tiny
     scripts    the scripts' loops at 224 pixels: MAE, MixedAE, AutoMAE, ResNet-50 with and without MRA
     graphs     a step of small models, as CUDA graphs or not
+    decode     JPEGs on one core, and by the GPU's decoder
     sweep      a step of ViT-L by batch size
 """
 
@@ -42,6 +43,7 @@ import mae
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -200,14 +202,18 @@ def paper(args, images):
     compare(args, f"ViT-{args.model} (paper, ViT-L: 1, 2.8, 3.7 times)", steps, args.batch)
 
 
+def write_jpegs(folder, count):
+    """JPEGs of 500×375 pixels, with colours that change slowly."""
+    for i in range(count):
+        smooth = F.interpolate(torch.rand(1, 3, 24, 32), (375, 500), mode="bicubic").clamp(0, 1)
+        pixels = (255 * smooth[0]).byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(f"{folder}/{i}.jpg", quality=90)
+
+
 def read_files(args, images, count=64):
     """Files to crops, as a worker process does it, beside Pillow's decoding alone."""
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(count):
-            smooth = torch.rand(1, 3, 24, 32)
-            smooth = torch.nn.functional.interpolate(smooth, (375, 500), mode="bicubic").clamp(0, 1)
-            pixels = (255 * smooth[0]).byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(f"{folder}/{i}.jpg", quality=90)
+        write_jpegs(folder, count)
         dataset = common.ImageFolder(folder)
         options = argparse.Namespace(size=(224, 224), crop=0.2, flip=True)
         transform = common.view_transform(options, train=True)
@@ -237,19 +243,6 @@ def methods(args, images):
 
 
 # ------------------------------------------------------------------------------------------------- on a GPU
-
-def matrix_rate(device, size=8192):
-    """→ operations a second in bf16 products of two large matrices: what this card can do at best."""
-    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
-    times = []
-    for _ in range(6):                                                # the first one warms up
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ b
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return 10 * 2 * size ** 3 / statistics.median(times[1:])
-
 
 def work_of(name, args, count=4):
     """→ the operations of a training step per image, multiplications and additions counted one by one."""
@@ -436,6 +429,20 @@ def graphs(args):
         compare(args, f"a step of ViT-{name}, {size} pixels", steps, batch, 20)
 
 
+def decode(args, count=256):
+    """JPEGs to pixels: on one core, as a worker process does it, and by the decoder that some GPUs have."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_jpegs(folder, count)
+        paths = [f"{folder}/{i}.jpg" for i in range(count)]
+        files = [torchvision.io.read_file(path) for path in paths]
+        steps = {
+            "Pillow, one core": lambda: [common.read_image(path) for path in paths],
+            "torchvision's decode_jpeg on the GPU": lambda: torchvision.io.decode_jpeg(
+                files, torchvision.io.ImageReadMode.RGB, device=args.device),
+        }
+        compare(args, "JPEGs of 500×375 pixels", steps, count)
+
+
 def optimizer(args):
     """One kernel that does all of AdamW, beside one for each of its operations."""
     steps = {}
@@ -470,7 +477,7 @@ def on_gpu(args, questions):
     began = time.perf_counter()
     left_out = []
     torch.set_float32_matmul_precision("high")                        # as the scripts do
-    args.rate = matrix_rate(args.device)
+    args.rate = common.matrix_rate(args.device, torch.bfloat16)
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     print(f"{name}, CUDA {torch.version.cuda}, matrix rate {args.rate / 1e12:.0f} TFLOP/s in bf16")
     for question in questions:
@@ -494,6 +501,7 @@ ON_GPU = {                                                            # in this 
     "epoch": epoch,
     "scripts": scripts,
     "graphs": graphs,
+    "decode": decode,
     "sweep": sweep,
     "huge": functools.partial(model_step, name="huge", batch=64),
 }

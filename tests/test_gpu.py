@@ -58,6 +58,8 @@ def start(command, out, root, *options):
     with open(f"{out}/log.jsonl") as file:
         lines = [json.loads(line) for line in file]
     assert lines and all(math.isfinite(line.get("loss", 0)) for line in lines)
+    if command in ("mae", "mixedae"):
+        assert all(0 < line["mfu"] < 1 for line in lines if "loss" in line)
 
 
 @pytest.fixture(scope="module", autouse=True)
