@@ -1,5 +1,6 @@
-"""What only a GPU shows. Without CUDA all of it is skipped. Compiling takes most of the time, so with the package
-pytest-xdist it is done in parallel: `pytest -n 11 tests/test_gpu.py` took 2 min 38 s on 16 cores and an H200.
+"""What only a GPU shows. Without CUDA all of it is skipped. Most of the time goes into compiling. With the
+package pytest-xdist that happens in parallel: `pytest -n 11 tests/test_gpu.py` took 2 min 38 s on 16 cores
+and one H200.
 
 Every script and every task runs for some steps, in three precisions, compiled and not. The GPU computes what
 the CPU computes, and a compiled model what it computes uncompiled. A model is one graph. No step waits for
