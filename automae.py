@@ -43,18 +43,18 @@ Details that matter
    decoder and generator learn together from the reconstruction plus 0.2 · (D(mask) − 1)².
 4. Gumbel noise is drawn twice a step: for the discriminator, and for the autoencoder and the generator.
 5. n patches are highlighted, as many as stay visible, not as many as get hidden.
-6. Highlighted patches are hidden more often, not surely: 0.5 is added to their random noise from 0 to 1.
+6. 0.5 is added to the random noise, from 0 to 1, of highlighted patches. If three quarters are hidden, that
+   hides practically all of them. What is left to chance is which patches are highlighted.
 7. Sorting has no gradient. Two tricks let one pass: the n highest of the soft mask become 1, but keep the
    soft mask's gradient; and every token is multiplied by a 1 that has the gradient of its score.
 8. A box has an area of 40 to 160 of 14×14 patches and is 4 to 10 wide; what would be higher than the grid is
-   cut off. It is only 0.5 above noise from 0 to 1; a softmax over all patches follows. Limits grow with the
-   grid [not in the paper].
+   cut off, so more than half of the boxes reach from top to bottom. It is only 0.5 above noise from 0 to 1; a
+   softmax over all patches follows. Limits grow with the grid [not in the paper].
 9. The prior is a masked autoencoder of the encoder's size, trained before (800 epochs) and then frozen.
 """
 
 import argparse
 import os
-import pathlib
 
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, label_objects,
@@ -94,14 +94,14 @@ def make_discriminator(grid):
     """→ a module: soft mask (B, N) → scores (B, 1 or more), towards 1 if it looks like a box, towards 0 if
     like the generator's (section 3.2). Spectral norm divides the weights of a layer by their largest singular
     value, so that scores change gently. No biases (detail 1)."""
-    # 14×14 patches become 7×7, 3×3, and one score. Sides of 4 to 11 patches need a border in the last layer
-    # [not in the paper].
+    # 14×14 patches become 7×7, 3×3, and one score. Sides of 2 to 11 patches need a border in the last layer,
+    # of 2 or 3 a wider one before [not in the paper].
     border = int(min(grid) < 12)
     return nn.Sequential(
         nn.Unflatten(1, (1, *grid)),                                  # (B, 1, h, w)
         spectral_norm(nn.Conv2d(1, 16, 4, 2, 1, bias=False)),         # kernel 4×4, stride 2, border 1
         nn.LeakyReLU(0.2),
-        spectral_norm(nn.Conv2d(16, 32, 4, 2, 1, bias=False)),
+        spectral_norm(nn.Conv2d(16, 32, 4, 2, 1 + (min(grid) < 4), bias=False)),
         nn.LeakyReLU(0.2),
         spectral_norm(nn.Conv2d(32, 1, 3, padding=border, bias=False)),
         nn.Flatten(),
@@ -208,15 +208,14 @@ class AutoMAE(nn.Module):
 def load_prior(args, run, train, val):
     """→ the frozen ViT whose attention gives hints: --prior, or a masked autoencoder that is trained here, in
     OUT/prior, by the same function and for as long as AutoMAE."""
-    path = args.prior
-    if path is None:
-        out = f"{args.out}/prior"
-        path = f"{out}/last.pt"
-        # One that was interrupted goes on where it stopped, and one that is finished is used as it is.
-        goes_on = os.path.exists(path) and (args.resume or not args.overwrite)
+    out = f"{args.out}/prior"
+    path = args.prior or f"{out}/last.pt"
+    if not args.prior and not args.resume:                            # with --resume it is complete
+        # One that was interrupted goes on where it stopped, and one that is finished is used as it is. An
+        # older run in OUT ends here.
+        goes_on = os.path.exists(path) and not args.overwrite
         run.print(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
-        if not args.resume:                                           # an older run in OUT ends here
-            pathlib.Path(args.out, "args.json").unlink(missing_ok=True)
+        run.clear("args.json")
         options = vars(args) | dict(masking="random", out=out, resume=goes_on, overwrite=not goes_on)
         pretrain(argparse.Namespace(**options), train, val)
         if run.world > 1:                                             # until process 0 has written it
@@ -251,7 +250,7 @@ def pretrain(args, train=None, val=None):
     torch.manual_seed(args.seed)
     size = VITS[args.model] | dict(patch_size=args.patch)
     encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
-    if args.init is not None:                                         # the decoder always starts anew
+    if args.init:                                                     # the decoder always starts anew
         encoder = load_encoder(
             args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
     decoder = Decoder(encoder, **args.decoder)
@@ -339,15 +338,16 @@ def where_it_hides(model, hint, mask, masks):
     foreground = F.adaptive_avg_pool2d(masks.float(), model.encoder.grid).flatten(1)   # (B, N), parts of 1
 
     def means(values):
-        return [(values * part).sum() / part.sum() for part in (foreground, 1 - foreground)]
+        # 1e-6: there may be none.
+        return [(values * part).sum() / (part.sum() + 1e-6) for part in (foreground, 1 - foreground)]
 
     found = {}
     found["hidden_foreground"], found["hidden_background"] = means(mask)
     if model.generator:
-        # Objects tend to lie in the middle. The mean map of a micro-batch knows that without a look at any
-        # image.
+        # Objects tend to lie in the middle. The mean map of a micro-batch knows that too, with hardly a look
+        # at the single image.
         probability = model.generator(hint).exp()
-        maps = dict(foreground_ratio=probability, static_ratio=probability.mean(dim=0, keepdim=True),
+        maps = dict(foreground_ratio=probability, static_ratio=probability.mean(0, keepdim=True),
                     attention_ratio=hint.mean(dim=1))
         for name, values in maps.items():
             inside, outside = means(values)
@@ -370,7 +370,7 @@ def draw(model, prior, dataset, run):
     if model.generator:
         maps = {"attention of the prior": hint.mean(dim=1), "probability": model.generator(hint).exp()}
         for title, values in maps.items():
-            rows[title] = patches * F.normalize(values, float("inf"))[..., None]     # 1 where it is highest
+            rows[title] = patches * F.normalize(values, torch.inf)[..., None]     # 1 where it is highest
     rows["visible"] = patches * (1 - hidden)
     rows["reconstruction"] = rows["visible"] + prediction * hidden
     save_image_rows(f"{args.out}/masks.png", {

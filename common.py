@@ -647,10 +647,12 @@ def read_image(path):
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
+ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
+
+
 def is_image(path):
     """→ whether this is a file, not a pipe or a device, whose ending is known to be an image's."""
-    endings = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
-    return os.path.splitext(path)[1].lower() in endings and os.path.isfile(path)
+    return os.path.splitext(path)[1].lower() in ENDINGS and os.path.isfile(path)
 
 
 class ImageFolder(torchvision.datasets.DatasetFolder):
@@ -663,8 +665,9 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
     def __init__(self, root, classes=None):
         self.classes = classes
         super().__init__(root, read_image, is_valid_file=is_image, allow_empty=True)
+        known = {path for path, _ in self.samples}
         skipped = Counter(os.path.splitext(name)[1] for folder, _, names in os.walk(root, followlinks=True)
-                          for name in names if not is_image(f"{folder}/{name}"))
+                          for name in names if os.path.join(folder, name) not in known)
         print(f"{len(self)} images in {root}; files skipped: {dict(skipped)}", flush=True)
         if not self.samples:
             raise UserError(f"there is no image in {root} or below it")
@@ -808,14 +811,16 @@ def in_memory(dataset, run):
     ids = spread(len(dataset), run.args.limit)
     run.print(f"reading {len(ids)} images into memory")
     plan = ((part, 0) for part in ids.split(100))
-    parts = zip(*file_batches(dataset, plan, run, view_transform(run.args, train=False)))
-    images, labels = map(torch.cat, parts)
+    parts = file_batches(dataset, plan, run, view_transform(run.args, train=False))
+    # Copies: what comes from a worker process keeps a file open, and there may be thousands of parts.
+    parts = [(images.clone(), labels.clone()) for images, labels in parts]
+    images, labels = map(torch.cat, zip(*parts))
     return Images(images, labels, getattr(dataset, "classes", range(labels.max() + 1)))
 
 
 def spread(count, limit=None):
     """→ the numbers (m,) of `limit` of `count` images, evenly spread; of all without a limit."""
-    return torch.linspace(0, count - 1, min(count, limit or count)).round().long()
+    return torch.linspace(0, count - 1, min(count, limit or count), dtype=torch.float64).round().long()
 
 
 def seed_for(*numbers):
@@ -859,7 +864,12 @@ def view_transform(args, train, augment=None):
             ratio=(3 / 4 * aspect, 4 / 3 * aspect),
             interpolation=v2.InterpolationMode.BICUBIC,
         )
-    return v2.Compose([crop, v2.RandomHorizontalFlip(0.5 * args.flip), augment or v2.Identity()])
+    steps = [crop, v2.RandomHorizontalFlip(0.5 * args.flip)]
+    if augment:
+        # 16-bit files come as floats, and interpolation may have left 0 to 255.
+        clip = v2.Lambda(functools.partial(torch.clamp, min=0, max=255), tv_tensors.Image)
+        steps += [clip, v2.ToDtype(torch.uint8), augment]
+    return v2.Compose(steps)
 
 
 def middle(image, size):
@@ -1039,7 +1049,8 @@ class Run:
     def __init__(self, args):
         self.args = args
         # Nothing is lost to a forgotten --out: refuse at once.
-        if os.path.exists(f"{args.out}/args.json") and not args.resume and not args.overwrite:
+        begun = any(os.path.exists(f"{args.out}/{name}") for name in ("args.json", "last.pt", "best.pt"))
+        if begun and not args.resume and not args.overwrite:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
                 f"--overwrite replaces it")
@@ -1070,6 +1081,7 @@ class Run:
             precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         precision = args.precision or precision
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        self.matrix_dtype = torch.float32 if precision == "fp32" else dtype
         self.autocast = torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
@@ -1100,7 +1112,7 @@ class Run:
                 model(images, *inputs)
             # As usual: the backward pass needs twice the operations of the forward pass.
             work = 3 * counter.get_total_flops() / len(images)
-            self.peak_images_per_s = self.world * matrix_rate(self.device, self.autocast.fast_dtype) / work
+            self.peak_images_per_s = self.world * matrix_rate(self.device, self.matrix_dtype) / work
         for module in model.modules():
             # Keep only a block's input; the backward pass computes the rest once more.
             if self.args.checkpoint_blocks and isinstance(module, Block):
@@ -1108,8 +1120,9 @@ class Run:
         # Processors that multiply in bf16 are faster with it if the model is large: ViT-B 1.6 times, ViT-Ti
         # 1.2 times, but the small presets' "nano" 0.7 times (one thread of an AMD EPYC).
         large = sum(parameter.numel() for parameter in model.parameters()) > 4_000_000
+        learns = any(parameter.requires_grad for parameter in model.parameters())
         on_cpu = self.device.type == "cpu" and self.args.precision is None
-        if on_cpu and large and torch.cpu._is_avx512_bf16_supported():
+        if on_cpu and large and learns and torch.cpu._is_avx512_bf16_supported():
             self.autocast = torch.autocast("cpu", torch.bfloat16)
 
         # For a small model compiling takes longer than it saves. On Windows torch.compile is missing a part.
@@ -1117,7 +1130,7 @@ class Run:
         if self.args.compile or (self.args.compile is None and large and triton):
             self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
-        if self.world > 1 and any(parameter.requires_grad for parameter in model.parameters()):
+        if self.world > 1 and learns:
             return nn.parallel.DistributedDataParallel(model)
         return model
 
@@ -1172,8 +1185,12 @@ class Run:
         with open(f"{args.out}/args.json", "w" if args.resume or args.overwrite else "x") as file:
             json.dump(vars(args) | made_with, file, indent=1)
         if not args.resume:
-            for name in ("last.pt", "best.pt", "log.jsonl", "baseline/last.pt"):
-                pathlib.Path(args.out, name).unlink(missing_ok=True)
+            self.clear()
+
+    def clear(self, *names):
+        """Removes what an older run left in OUT, and files of these names."""
+        for name in ("last.pt", "best.pt", "log.jsonl", "baseline/last.pt", *names):
+            pathlib.Path(self.args.out, name).unlink(missing_ok=True)
 
     def log(self, **values):
         """Values for the epoch's line in log.jsonl: of tensors the mean over the epoch's micro-batches,
@@ -1381,18 +1398,19 @@ def shared_options(description):
 
 
 MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "workers", "compile", "root",
-              "checkpoint_blocks", "micro_batch"}
+              "checkpoint_blocks", "micro_batch", "augmentor", "data"}
 
 
 def kind_of_data(args):
     """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has more than
-    50,000 files, and a sample of 100 pixels or more."""
+    50,000 images, and a sample of 100 pixels or more."""
     if args.data is None:
         return "scenes"
-    count, side = 0, math.inf
+    count = side = 0
     for folder, _, names in os.walk(args.data, followlinks=True):
-        count += len(names)
-        for path in filter(is_image, [f"{folder}/{name}" for name in names[:1]]):
+        paths = [f"{folder}/{name}" for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
+        count += len(paths)
+        for path in filter(is_image, paths[:1]):
             with contextlib.suppress(Exception):                      # whatever Pillow says of it
                 side = min(Image.open(path).size)
         if count > 50_000:
@@ -1416,7 +1434,9 @@ def parse_args(parser, script, preset, arguments=None):
 
     # The values that are not given on the command line. Without args.json this run has not begun: AutoMAE
     # and MRA first train something in a folder inside OUT, and that run resumes by itself.
-    resume = args.resume and not (os.path.isdir(out) and not os.path.exists(f"{out}/args.json"))
+    folder = pathlib.Path(out)
+    begun = any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt"))
+    resume = args.resume and (begun or not folder.exists())
     if resume:
         values = read_checkpoint(f"{out}/last.pt")["args"]
     else:
@@ -1430,8 +1450,9 @@ def parse_args(parser, script, preset, arguments=None):
     args.size = args.size and to_pair(args.size)
 
     # A finished evaluation that has trained nothing may be replaced.
-    log = pathlib.Path(out, "log.jsonl")
-    if evaluation and log.exists() and '"task"' in log.read_text() and not os.path.exists(f"{out}/last.pt"):
+    log = folder / "log.jsonl"
+    trained = (folder / "last.pt").exists() or (folder / "best.pt").exists()
+    if evaluation and log.exists() and '"task"' in log.read_text() and not trained:
         args.overwrite = True
     for name, value in values.items():
         if args.resume and getattr(args, name) != value and name not in MAY_CHANGE:

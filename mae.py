@@ -358,7 +358,7 @@ def class_names(dataset):
 
 def in_parts(ids, size=100):
     """→ a plan for `batches`: `size` images at a time."""
-    return [(part, 0) for part in ids.split(size)]
+    return [(part, 0) for part in ids.split(size) if len(part)]
 
 
 @torch.no_grad()
@@ -647,8 +647,7 @@ def classify(args, train=None, val=None):
         colour = [round(value) for value in args.mean]                # where a rotation leaves nothing
         change = v2.RandAugment(1, args.randaugment, 11, v2.InterpolationMode.BICUBIC, colour)
         perhaps = v2.RandomApply([change])
-        whole = v2.ToDtype(torch.uint8)                               # 16-bit files come as floats
-        augment = v2.Compose([whole, v2.ToPILImage(), perhaps, perhaps, v2.PILToTensor()])  # bicubic
+        augment = v2.Compose([v2.ToPILImage(), perhaps, perhaps, v2.PILToTensor()])  # bicubic
     if args.mixup:
         mixes.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
     if args.cutmix:

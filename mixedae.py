@@ -35,8 +35,8 @@ Details that matter
 2. Tokens are mixed, not pixels, after positions are added [not in the paper]. For whole patches it is the
    same, and a token keeps the position that it has in its image.
 3. K, the number of keys that a query sees, is the number of patches an image shows [from memory]. Each head
-   of every block chooses for itself [from memory]. Keys that tie with the K-th are seen too. The choice has
-   no gradient, so it is learned slowly.
+   of every block chooses for itself [from memory]. Keys that tie with the K-th are seen too [not in the
+   paper]. The choice has no gradient, so it is learned slowly.
 4. The class token sees every token and is seen by every one. It is not one of the K keys [not in the paper].
 5. Homologous attention has the parameters of plain attention, so the checkpoint holds a plain ViT, to be used
    with full attention.
@@ -247,7 +247,7 @@ def pretrain(args, train=None, val=None):
     torch.manual_seed(args.seed)
     size = VITS[args.model] | dict(patch_size=args.patch)
     encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
-    if args.init is not None:                                               # the decoder always starts anew
+    if args.init:                                                           # the decoder always starts anew
         encoder = load_encoder(
             args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
     decoder = Decoder(encoder, **args.decoder)
@@ -307,7 +307,7 @@ def draw(model, dataset, run):
     attention = encoder.blocks[-1].attn
     inputs = []                                                             # of the last attention
     attention.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
-    ids = torch.arange(model.members) % len(dataset)
+    ids = torch.arange(model.members) * (len(dataset) // model.members)
     images, _ = next(batches(dataset, [(ids, run.args.seed)], run))
     noise = torch.rand(1, model.places, device=run.device)
     model.turns = 1                                                         # one mixture is enough
@@ -325,7 +325,7 @@ def draw(model, dataset, run):
     seen = attention.choose(*attention.project(inputs[0])[:2])
     for title, shown in (("all keys", weights), ("TopK", weights * seen)):
         light = shown[0].mean(dim=0)[1::model.visible, 1:][:, order]        # (M, N)
-        light = light / light.amax(dim=1, keepdim=True)
+        light = F.normalize(light, torch.inf)                               # 1 where it is highest
         rows[f"attention of one of its patches, {title}"] = mixture * light[..., None]
 
     rows["reconstruction"] = patches * visible + prediction * (1 - visible)

@@ -40,7 +40,9 @@ Details that matter
     ones was never trained: see "reconstruction" in OUT/augmentation.png.
  4. Predictions can leave the range of pixels and are clipped to 0 … 255.
  5. MRA works after crop and flip, on the device, on many images at once, without gradients.
- 6. The augmentor in OUT/augmentor learns on crops as it will paint: the same --crop [not in the paper].
+ 6. The augmentor in OUT/augmentor learns on crops as it will paint: the same --crop [not in the paper]. By
+    default it sees 60,000 images, little for photographs: --task augmentor --epochs 20 trains longer, and
+    --augmentor PATH takes the result.
  7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
     to the background, or to the same places in every image (as on CIFAR-10), and in a small augmentor their
     mean can prefer anything. "low" then hides the object. After its training the augmentor is measured, where
@@ -53,7 +55,6 @@ Details that matter
 import argparse
 import copy
 import os
-import pathlib
 
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, ImageFolder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens,
@@ -75,8 +76,7 @@ from torchvision.transforms import v2
 STRATEGIES = {
     "low": torch.neg,               # hides what is attended to least, the background: the paper's choice
     "random": torch.rand_like,      # hides any patches, as MAE does
-    "high": torch.positive,         # hides what is attended to most, the object
-}
+    "high": torch.positive}         # hides what is attended to most, the object
 
 
 def hide(noise, visible):
@@ -322,7 +322,7 @@ def make_augmentor(args, run, train, val):
     """→ the MRA of --augmentor, or of one that is trained on these data, in OUT/augmentor."""
     if args.augmentor is None:
         run.print(f"the augmentor comes first, in {args.out}/augmentor")
-        pathlib.Path(args.out, "args.json").unlink(missing_ok=True)   # an older run in OUT ends here
+        run.clear("args.json")                                        # an older run in OUT ends here
         run_first(pretrain, args, "augmentor", train, val, **args.light)
         args.augmentor = f"{args.out}/augmentor/last.pt"
     mra = MRA.load(
@@ -332,8 +332,7 @@ def make_augmentor(args, run, train, val):
         mask_ratio=args.mask_ratio,
         apply=args.apply,
         mean=args.mean,
-        std=args.std,
-    )
+        std=args.std)
     return run.wrap(mra)
 
 
@@ -420,7 +419,8 @@ def classify(args, train=None, val=None):
     --task supervised: on augmented images, all that have labels, --labels of each class, or a long tail
     (--imbalance). --task semi: FixMatch, which learns from --labels images of each class, and from all
     images without their labels. --task fewshot: as supervised, but without the last --held-out classes,
-    which are then recognised from one or five images each.
+    which are then recognised from one or five images each. Datasets passed as `train` and `val` get the
+    defaults of scenes: set --labels and --augment.
     """
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
@@ -432,7 +432,8 @@ def classify(args, train=None, val=None):
     torch.manual_seed(args.seed)
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
-    needed = "mra" in args.augment or args.data is None               # scenes: judged in any case
+    # On scenes, MRA is judged in any case.
+    needed = "mra" in args.augment or args.augmentor or args.data is None
     mra = make_augmentor(args, run, train, val) if needed else None
     rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
 
@@ -444,7 +445,8 @@ def classify(args, train=None, val=None):
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
 
     # A step sees --batch labelled images. FixMatch adds UNLABELLED times as many without labels, in two
-    # views. The strong view has another seed, so it is another crop (detail 8).
+    # views. The strong view has another seed, so it is another crop (detail 8). With or without RandAugment,
+    # each image of it has its own.
     all_ids = spread(len(train), args.limit)
     run.start(
         len(all_ids) // UNLABELLED if semi else len(ids),
@@ -452,7 +454,7 @@ def classify(args, train=None, val=None):
     loader = batches(train, training_plan(ids, run), run, train=True, augment=None if semi else rand_augment)
     strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, UNLABELLED))
     weak_loader = batches(train, training_plan(all_ids, run, UNLABELLED), run, train=True)
-    strong_loader = batches(train, strong_plan, run, train=True, augment=rand_augment)
+    strong_loader = batches(train, strong_plan, run, train=True, augment=rand_augment or v2.Identity())
 
     def loss_of(images, labels):
         if not semi:
@@ -462,8 +464,7 @@ def classify(args, train=None, val=None):
         # FixMatch. Labelled images are only cropped and flipped; the strong views are augmented. One forward
         # pass for all three, so that batch norm sees them together.
         weak, _ = next(weak_loader)                                   # (u·b, C, H, W)
-        strong, _ = next(strong_loader)
-        strong, _ = augment(args, mra, strong)
+        strong, _ = augment(args, mra, next(strong_loader)[0])
         scores = wrapped(torch.cat([images, weak, strong]))
         weak, strong = scores[len(images):].chunk(2)
         unlabelled_loss, sure = fixmatch_loss(weak, strong)
@@ -592,14 +593,14 @@ def occlusion(args, train=None, val=None):
     if not (args.compare and args.augmentor):
         raise UserError("--task occlusion needs --compare, the last.pt of classifiers, and --augmentor")
     run = Run(args)
-    train, val = prepare_data(args, run, train, val)
     run.start()
     for path in args.compare:
         saved = read_checkpoint(path)
         if "classifier" not in saved:
             raise UserError(f"{path} holds no classifier: name the last.pt of --task supervised or semi")
-        for name in ("classifier", "num_classes", "mean", "std"):
+        for name in ("classifier", "num_classes", "size", "mean", "std"):
             setattr(args, name, saved["args"][name])
+        train, val = prepare_data(args, run, train, val)
         torch.manual_seed(args.seed)                                  # the same images for all classifiers
         val_ids = labelled_ids(val, args.num_classes, args.limit)
         model = new_classifier(args).to(run.device)
@@ -620,8 +621,7 @@ TASKS = {
     "semi": classify,
     "fewshot": classify,
     "occlusion": occlusion,
-    "augmentor": pretrain,
-}
+    "augmentor": pretrain}
 
 # --------------------------------------------------------------------------------------------- command line
 
@@ -644,8 +644,7 @@ PRESETS = {
     "imagenet augmentor": dict(
         epochs=200, batch=4096, lr=1.5e-4, warmup=40.0, weight_decay=0.05),
     "imagenet semi": dict(
-        labels=100, epochs=300, batch=1024, micro_batch=16, lr=0.03, weight_decay=3e-4),
-}
+        labels=100, epochs=300, batch=1024, micro_batch=16, lr=0.03, weight_decay=3e-4)}
 
 
 def preset(args, kind):

@@ -341,6 +341,31 @@ def test_stopped_and_resumed_it_ends_the_same_bit_for_bit(finished, cli, tmp_pat
     assert f": {ratios[1]}" in stdout
 
 
+def test_more_epochs_do_not_train_the_prior_further(finished, cli, tmp_path):
+    here = tmp_path / "run"
+    shutil.copytree(finished[0], here)
+    before = (here / "prior" / "last.pt").read_bytes()
+    epochs = common.read_checkpoint(here / "last.pt")["args"]["epochs"]
+    assert cli("--out", here, "--resume", "--epochs", epochs + 1)[0] == 0
+    assert (here / "prior" / "last.pt").read_bytes() == before
+    assert len(log_of(here)) == len(log_of(finished[0])) + 1
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 3), (2, 9), (3, 14)])
+def test_small_grids_have_a_discriminator_that_sees_all_patches(grid):
+    boxes = automae.random_boxes(2, grid, "cpu").requires_grad_()
+    automae.make_discriminator(grid)(boxes).sum().backward()
+    assert (boxes.grad != 0).all()
+
+
+def test_maps_without_objects_leave_no_nan():
+    encoder = common.ViT(16, 4, embed_dim=16, depth=1, num_heads=2)
+    model = automae.AutoMAE(encoder, None, automae.make_generator(2, encoder.grid))
+    masks = torch.zeros(3, 16, 16, dtype=torch.bool)
+    found = automae.where_it_hides(model, torch.rand(3, 2, 16), torch.ones(3, 16), masks)
+    assert all(torch.isfinite(value) for value in found.values())
+
+
 def test_stopped_in_its_prior_a_new_run_does_not_turn_into_the_one_it_replaces(
         finished, cli, tmp_path, monkeypatch):
     shutil.copytree(finished[0], tmp_path / "run")

@@ -575,6 +575,42 @@ def opened(out, *flags, train=None, val=None):
     return run, *prepare_data(run.args, run, train, val)
 
 
+def test_many_images_are_read_with_few_open_files(tmp_path):
+    code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+sys.path.insert(0, sys.argv[1])
+from test_common import *
+image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+class Own(torch.utils.data.Dataset):
+    __len__ = lambda self: 8000
+    __getitem__ = lambda self, i: (image + i % 200, i % 10)
+_, train, _ = opened(sys.argv[2], "--data", "own", "--workers", 1, train=Own())
+assert len(train) == 8000 and train.images[201].unique() == 1
+"""
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), tmp_path / "run"], check=True)
+
+
+def test_no_position_among_very_many_images_is_rounded():
+    ids = spread(40_000_000, 4_000_000)
+    assert ids[-1] == 39_999_999 and len(ids.unique()) == 4_000_000 and (ids % 2 == 1).any()
+    assert (spread(17_000_000)[-3:] == torch.arange(16_999_997, 17_000_000)).all()
+
+
+def test_an_augmentation_for_8_bits_gets_8_bits_without_wrapping_around(tmp_path):
+    args = options(tmp_path, "--size", 16, "--crop", 0.5)
+    image = torch.zeros(3, 40, 40)
+    image[..., 20:] = 255.0                                           # interpolation overshoots beside it
+    seen = []
+    transform = common.view_transform(args, train=True, augment=lambda image: seen.append(image) or image)
+    for _ in range(20):
+        transform(common.tv_tensors.Image(image))
+    assert all(view.dtype == torch.uint8 for view in seen)
+    for view in seen:
+        low = view.float().mean(dim=(0, 1)).diff()
+        assert (low >= -9).all() or (low <= 9).all()                  # from dark to bright or, flipped, back
+
+
 LARGE = ["--size", 112]  # images of 96 pixels or less are read into memory at the start
 
 
@@ -891,6 +927,38 @@ def test_a_folder_that_holds_a_run_is_not_taken(tmp_path):
     run_of(tmp_path, "--overwrite").start()
 
 
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_a_folder_that_holds_a_model_alone_is_not_taken(name, tmp_path):
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(UserError):
+        run_of(tmp_path)
+    assert (tmp_path / name).read_bytes() == b"precious"
+    run_of(tmp_path, "--overwrite").start()
+    assert not (tmp_path / name).exists()
+
+
+def test_a_checkpoint_alone_is_resumed_with_its_options(tmp_path):
+    run = run_of(tmp_path / "run", "--batch", 4, "--seed", 3)
+    run.start(8)
+    run.save("last.pt", step=1, seconds=1.0, history=[], sums={})
+    (tmp_path / "copy").mkdir()
+    shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "copy")
+    args = options(tmp_path / "copy", "--resume", "--data", "elsewhere")
+    assert (args.resume, args.batch, args.seed, args.data) == (True, 4, 3, "elsewhere")
+    run = Run(args)
+    run.start(8)
+    assert run.step == 1 and (tmp_path / "copy" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_frozen_model_does_not_decide_the_precision_of_training(learns, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    run = run_of(tmp_path)
+    run.wrap(torch.nn.Linear(2048, 2048).requires_grad_(learns))
+    with run.autocast:
+        assert torch.is_autocast_enabled("cpu") == learns
+
+
 def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path):
     one, other = run_of(tmp_path), run_of(tmp_path)
     one.start()
@@ -966,7 +1034,14 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
     write_image(tmp_path / "new.png", size=(32, 32))
     image.write_bytes((tmp_path / "new.png").read_bytes())
     look()
-    assert kinds == ["small", "imagenet", "small"]
+    # Files of other kinds do not count.
+    shutil.rmtree(folder)
+    write_image(folder / "1.png", size=(128, 128))
+    (folder / "notes.txt").touch()
+    for i in range(50_000):
+        os.link(folder / "notes.txt", folder / f"{i}.txt")
+    look()
+    assert kinds == ["small", "imagenet", "small", "small"]
 
 
 def test_numbers_out_of_range_are_refused():
