@@ -518,28 +518,26 @@ def evaluate(model, dataset, ids, run):
 
     # Every process takes its part of the images, so that none is counted twice.
     plan = in_parts(ids[run.rank::run.world], size)
-    confusion = torch.zeros(num_classes ** 2, dtype=torch.long, device=run.device)
-    in_five = confusion.new_zeros(())
+    counts = torch.zeros(3, num_classes, dtype=torch.long, device=run.device)
+    in_five = counts.new_zeros(())
     for images, labels in batches(dataset, plan, run, transform=transform):
         with run.autocast:
             answers = score(images).topk(best, dim=1).indices         # (b, 5, …), the best first
-        pairs = labels * num_classes + answers[:, 0]                  # one number for truth and prediction
-        pairs = pairs[labels >= 0]
-        confusion.index_add_(0, pairs, torch.ones_like(pairs))
         in_five += (answers == labels[:, None]).sum()
+        known = labels >= 0
+        labels, answers = labels[known], answers[:, 0][known]
+        # How often is each class the truth, the answer, and both?
+        for row, classes in zip(counts, (labels, answers, labels[labels == answers])):
+            row.index_add_(0, classes, torch.ones_like(classes))
     if run.world > 1:
-        dist.all_reduce(confusion)
+        dist.all_reduce(counts)
         dist.all_reduce(in_five)
-
-    # Rows of the confusion matrix are true classes, columns are answers. Its diagonal is what was right.
-    confusion = confusion.unflatten(0, (num_classes, num_classes))
-    right = confusion.diagonal()
-    truth = confusion.sum(dim=1)
+    truth, answered, right = counts
     accuracy = right.sum() / truth.sum()
     if not segments:
         top5 = in_five / truth.sum()
         return dict(top1=accuracy.item(), top5=top5.item())
-    union = truth + confusion.sum(dim=0) - right
+    union = truth + answered - right
     iou = right / union.clamp(min=1)
     mean = iou[union > 0].mean()
     return dict(mean_iou=mean.item(), pixel_accuracy=accuracy.item(), class_iou=iou.tolist())
