@@ -184,7 +184,7 @@ class Block(nn.Module):
 
 def init_weights(module):
     """MAE's initialisation: Xavier-uniform for linear layers, the patch projection seen as one; biases are
-    zero."""
+    zero (in MAE's code not the projection's)."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         nn.init.zeros_(module.bias)
@@ -874,7 +874,8 @@ def view_transform(args, train, augment=None):
 
 def middle(image, size):
     """image (…, H, W) → its middle (…, *size). As in the paper, seven eighths of the shorter side are seen,
-    and all of it by models for more than 224 pixels. An image that has the size already stays as it is."""
+    and all of it by models for more than 224 pixels. An image that has the size already stays as it is. It is
+    cropped before it is resized; in MAE's code after."""
     if image.shape[-2:] == size:
         return image
     scale = min(image.shape[-2] / size[0], image.shape[-1] / size[1])

@@ -435,6 +435,7 @@ def report(encoder, train, val, run):
     run.write_log(step=run.step, linear_trained=after, linear_untrained=before)
 
 
+@torch.no_grad()
 def lars(optimizer, args, kwargs, trust=0.001):
     """Turns SGD with momentum into the LARS of the linear probe (appendix A.1, after 1708.03888): before a
     step, the gradient of a weight matrix gets the length trust · |w|, so that every matrix moves by the
@@ -474,7 +475,8 @@ def make_classifier(args, vit, num_classes):
     vit.config["num_classes"] = num_classes
 
     # Fine-tuning trains everything, or with --train-blocks k the last k blocks, the norm and the head
-    # (section 4.3). The probe trains the head alone, behind a BatchNorm that has no weights.
+    # (section 4.3; tokens and the rest stay as they are [not in the paper]). The probe trains the head alone,
+    # behind a BatchNorm that has no weights.
     trained = [vit]
     if args.train_blocks is not None:
         first = max(0, len(vit.blocks) - args.train_blocks)
@@ -639,7 +641,8 @@ def classify(args, train=None, val=None):
     num_classes = len(args.classes)
     make_classifier(args, model, num_classes)
 
-    # RandAugment as in the paper's code: two random changes, each of them with probability 1/2.
+    # RandAugment: two random changes, each of them with probability 1/2. The paper's code knows two more,
+    # makes some of them stronger, and varies their strength; torchvision's are [not in the paper].
     augment, mixes = None, []
     if args.randaugment:
         colour = [round(value) for value in args.mean]                # where a rotation leaves nothing
@@ -839,8 +842,11 @@ TASKS = {
 # --------------------------------------------------------------------------------------------- command line
 
 # Defaults by kind of data, task, --head, and model or width of the encoder; later rows override earlier ones.
-# "imagenet" is the paper's recipe (appendix A.1). "scenes" is for scenes and all small data and takes minutes
-# on a CPU [not in the paper]; `updates` is the number of steps, unless `epochs` is set.
+# "imagenet" is the paper's recipe (appendix A.1), but fine-tuning that of the authors' FINETUNE.md, which has
+# another rate, layer decay, drop path and erasing. Without --init it is used too; the paper trains from
+# scratch in another way, longer. The probe's batch norm sees 512 images, and its crops are torchvision's,
+# which draws anew what does not fit where the authors' code clips. "scenes" is for scenes and all small data
+# and takes minutes on a CPU [not in the paper]; `updates` is the number of steps, unless `epochs` is set.
 PRESETS = {
     "scenes": dict(
         model="nano",
@@ -861,7 +867,7 @@ PRESETS = {
     ),
     "imagenet huge": dict(patch=14),
     "imagenet probe": dict(
-        epochs=90, batch=16384, lr=0.1, warmup=10.0,
+        epochs=90, batch=16384, micro_batch=512, lr=0.1, warmup=10.0,
         pool="token", crop=0.08,
     ),
     "imagenet finetune": dict(
@@ -923,14 +929,14 @@ def options():
     add("--head", choices=("linear", "conv"), default="linear", help="segment: conv also trains the encoder")
     add("--train-blocks", type=number(int, 0), help="fine-tune only this many last blocks, norm and head")
     add("--pool", choices=("token", "avg"), default="avg", help="feature: class token or mean patch token")
-    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate / the next layer's (paper: 0.65)")
+    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate / the next layer's (authors: 0.65)")
     add("--randaugment", type=number(int, 0, 10), default=0, help="strength; 0: without it (paper: 9)")
     for name, text in {
         "--drop-path": "how often blocks are skipped (paper: 0.1)",
         "--label-smoothing": "part of a target for all classes (paper: 0.1)",
         "--mixup": "alpha of mixup (paper: 0.8)",
         "--cutmix": "alpha of cutmix; with both, one at random (paper: 1.0)",
-        "--erasing": "how often a rectangle becomes noise (paper: 0.25)",
+        "--erasing": "how often a rectangle becomes noise (authors: 0.25)",
     }.items():
         add(name, type=fraction, default=0.0, help=text)
     return parser
