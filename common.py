@@ -287,7 +287,7 @@ class ViT(nn.Module):
         maps = []
         for block in self.blocks:
             x = block(x)
-            maps.append(self.norm(x)[:, 1:].transpose(1, 2).unflatten(2, self.grid))
+            maps.append(self.fc_norm(self.norm(x))[:, 1:].transpose(1, 2).unflatten(2, self.grid))
         return torch.cat(maps[-last:], dim=1)
 
 
@@ -349,7 +349,7 @@ def read_checkpoint(path):
 
 
 RENAMES = {                          # Hugging Face's parameter names, old and new → timm's; the order matters
-    r"^((module|model|backbone|vit|embeddings)\.)+": "",
+    r"^((module|_orig_mod|model|backbone|vit|embeddings|encoder(?!\.layer\.))\.)+": "",
     r"^decoder\.(?=decoder_|mask_token)": "",
     r"^position_embeddings": "pos_embed",
     r"^patch_embeddings\.projection": "patch_embed.proj",
@@ -368,12 +368,13 @@ RENAMES = {                          # Hugging Face's parameter names, old and n
 def read_weights(path, part):
     """→ the tensors of a checkpoint's "encoder" or "decoder" under timm's names, and its options, {} if it
     has none. Raises UserError if a tensor holds something else than finite numbers."""
-    # Files differ in how deep the tensors lie: in the file itself or behind one of these names.
+    # Files differ in how deep the tensors lie: in the file itself or behind one of these names. An average
+    # over training ("ema") comes first, as in timm.
     state = read_checkpoint(path)
     args = state.get("args", {})
     if isinstance(args, argparse.Namespace):
         args = vars(args)
-    for key in ("state_dict", "model", part):
+    for key in ("state_dict_ema", "state_dict", "model_ema", "model", part):
         state = state.get(key, state)
 
     # Integers, such as counters of batches, are no weights.
@@ -387,7 +388,7 @@ def read_weights(path, part):
             renamed[name] = tensor
 
     # Hugging Face keeps queries, keys and values in three layers; timm stacks them into one.
-    for name in [name for name in renamed if ".attn.q." in name]:
+    for name in [name for name in renamed if ".attn.q." in name and name.replace(".q.", ".k.") in renamed]:
         parts = [renamed.pop(name.replace(".q.", f".{letter}.")) for letter in "qkv"]
         renamed[name.replace(".q.", ".qkv.")] = torch.cat(parts)
     return renamed, args
@@ -398,24 +399,22 @@ def count_blocks(state, prefix):
     return len({name.split(".")[1] for name in state if name.startswith(prefix)})
 
 
-def stored_grid(table, patch_size, *sizes):
+def stored_grid(table, patch_size, saved, given):
     """→ the (rows, columns) of patches that a position table (1, 1+N, D) was made for: 144 patches may be
-    12×12 or 9×16. sizes: what the image size could be, or None. Raises UserError if nothing fits."""
+    12×12 or 9×16. saved, given: image sizes, of the file and of the caller, or None. Raises UserError if
+    nothing fits."""
     # A fixed sine-cosine table says so itself: try every shape that has as many patches.
     places, dim = table.shape[1] - 1, table.shape[2]
     for rows in range(1, places + 1):
         grid = (rows, places // rows)
-        if math.prod(grid) == places and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-4):
+        if math.prod(grid) == places and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-2):
             return grid
 
-    # A learned one is of the first size that has as many patches, or else of a square image.
-    for size in sizes:
+    # A learned one is of the first of these sizes that has as many patches.
+    for size in (saved, math.isqrt(places) * patch_size, given):
         if size and math.prod(to_pair(size)) == places * patch_size ** 2:
             return patch_grid(size, patch_size)
-    side = math.isqrt(places)
-    if side ** 2 != places:
-        raise UserError(f"{places} positions, and not for a square image: give img_size=(height, width)")
-    return side, side
+    raise UserError(f"{places} positions, and not for a square image: give img_size=(height, width)")
 
 
 def resize_positions(table, source, grid):
@@ -456,8 +455,8 @@ def load_encoder(path, **overrides):
     Raises UserError if there is no such encoder in the file, or it does not fit the overrides.
     """
     state, args = read_weights(path, "encoder")
-    if "patch_embed.proj.weight" not in state or "pos_embed" not in state:
-        raise UserError(f"{path} has no encoder of this project, MAE's release, timm or Hugging Face")
+    if not {"patch_embed.proj.weight", "pos_embed", "cls_token"} <= state.keys():
+        raise UserError(f"{path} has no ViT with a class token, of this project, MAE, timm or Hugging Face")
 
     # Sizes come from the tensors themselves; the file's options are only asked for what tensors do not show:
     # the number of heads, and whether a grid is oblong.
@@ -484,8 +483,8 @@ def load_encoder(path, **overrides):
         raise UserError(f"{path} is of another architecture: it also has {other}")
     state["pos_embed"] = resize_positions(state["pos_embed"], grid, encoder.grid)
     fill(encoder, state, path, optional=("head.", "norm.", "fc_norm."))
-    for name in ("classes", "mean", "std"):
-        setattr(encoder, name, args.get(name))
+    for name in ("classes", "mean", "std"):                           # timm's mean is of pixels from 0 to 1
+        setattr(encoder, name, args.get(name) if saved else None)
     encoder.norm_pixels = args.get("norm_pixels", args.get("norm_pix_loss"))  # the second is MAE's release
     return encoder
 

@@ -13,7 +13,7 @@ pre-training is about three times as fast as with all of them (paper; here 2.4).
                         └─► hidden 75 % ─► a mask token for each                                       patches
 
     python mae.py                                          # scenes drawn by this project, minutes on a CPU
-    python mae.py --data fashion-mnist --epochs 3          # a torchvision dataset
+    python mae.py --data fashion-mnist --out runs/fashion  # a torchvision dataset
     python mae.py --data ~/photos --out runs/photos        # a folder of images
     torchrun --nproc_per_node=8 mae.py --data /imagenet    # the paper's recipe; also --model large
     python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn, segment
@@ -368,7 +368,7 @@ def extract_features(encoder, images, pool):
     tokens = encoder.encode(encoder.embed(images)).float()            # (B, 1+N, D)
     if pool == "token":
         return tokens[:, 0]
-    return tokens[:, 1:].mean(dim=1)
+    return encoder.fc_norm(tokens[:, 1:].mean(dim=1))
 
 
 def knn(features, labels, queries, num_classes, k=20, temperature=0.07):
@@ -704,7 +704,8 @@ def open_maps(args):
     if args.data == "voc":
         # Asked to download, torchvision would unpack the archive anew every time.
         new = not pathlib.Path(args.root, "VOCdevkit", "VOC2012").exists()
-        parts = [VOCSegmentation(args.root, image_set=part, download=new) for part in ("train", "val")]
+        parts = [VOCSegmentation(args.root, image_set=part, download=new and part == "train")
+                 for part in ("train", "val")]
         return [Maps([*zip(part.images, part.masks)], VOC.split(), 0) for part in parts]
     if args.data == "pets":
         names = ["pet", "background", "border"]
@@ -721,7 +722,7 @@ def open_maps(args):
         parts.append([(path, f"{args.data}/annotations/{part}/{path.stem}.png") for path in images])
     # The highest number in a training map says how many classes there are.
     counts = sum(np.array(Image.open(path).histogram()[:255]) for _, path in parts[0])
-    classes = range(1, counts.nonzero()[0].max() + 1)
+    classes = range(1, max([0, *counts.nonzero()[0]]) + 1)
     return [Maps(pairs, classes, 1) for pairs in parts]
 
 
@@ -793,6 +794,8 @@ def segment(args, train=None, val=None):
     options = dict(num_classes=0, global_pool="token", drop_path_rate=args.drop_path)
     encoder, train, val = prepare(args, run, train, val, **options)
     args.classes = [str(name) for name in train.classes]
+    if len(args.classes) < 2:
+        raise UserError("the maps have fewer than two classes; in ADE20K's layout 0 means unknown")
     if not args.eval:
         model = Segmenter(encoder, len(args.classes), args.head)
     elif encoder.classes == args.classes:

@@ -404,10 +404,46 @@ def test_a_pretrained_release_and_a_checkpoint_of_ours_come_back_as_they_were(tm
 def test_oblong_positions_are_not_taken_for_square_ones(tmp_path):
     size, path = (144, 256), str(tmp_path / "oblong.pth")  # 9×16 patches, as many as 12×12
     vit = ViT(size, 16, embed_dim=32, depth=1, num_heads=4)
-    for learned in (False, True):
-        torch.save((shake(vit) if learned else vit).state_dict(), path)
-        found = load_encoder(path, **HEADS, **dict(img_size=size) if learned else {})
-        assert found.img_size == size and torch.equal(found.pos_embed, vit.pos_embed)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        torch.save({name: tensor.to(dtype) for name, tensor in vit.state_dict().items()}, path)
+        assert load_encoder(path, **HEADS).img_size == size
+    # A learned table does not say so; the file's options may.
+    shake(vit)
+    torch.save(dict(encoder=vit.state_dict(), args=dict(vit=vit.config)), path)
+    found = load_encoder(path)
+    assert found.img_size == size and torch.equal(found.pos_embed, vit.pos_embed)
+
+
+def test_learned_square_positions_are_resized_to_an_oblong_grid_of_as_many_patches(tmp_path):
+    vit, path = shake(ViT(96, 8, embed_dim=32, depth=1, num_heads=4)), str(tmp_path / "square.pth")
+    torch.save(vit.state_dict(), path)                                # 12×12 patches, and 9×16 are asked for
+    found = load_encoder(path, img_size=(72, 128), **HEADS)
+    places = vit.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (12, 12))
+    wanted = F.interpolate(places, (9, 16), mode="bicubic").flatten(2).transpose(1, 2)
+    close(found.pos_embed[:, 1:], wanted)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "encoder.", "model.encoder."])
+def test_names_may_begin_with_where_the_encoder_was(prefix, tmp_path):
+    vit, path = shake(ViT(**TINY)), tmp_path / "prefixed.pth"
+    torch.save({prefix + name: tensor for name, tensor in vit.state_dict().items()}, path)
+    assert torch.equal(load_encoder(path, **HEADS).blocks[1].attn.qkv.weight, vit.blocks[1].attn.qkv.weight)
+
+
+def test_averaged_weights_come_first_and_timms_mean_is_not_ours(tmp_path):
+    last, average, path = shake(ViT(**TINY)), shake(ViT(**TINY)), tmp_path / "timm.pth.tar"
+    options = argparse.Namespace(mean=[0.5, 0.5, 0.5], std=[0.5, 0.5, 0.5])
+    torch.save(dict(state_dict=last.state_dict(), state_dict_ema=average.state_dict(), args=options), path)
+    found = load_encoder(path, **HEADS)
+    assert torch.equal(found.cls_token, average.cls_token) and found.mean is None and found.std is None
+
+
+def test_maps_of_a_classifier_by_the_mean_pass_its_norm(tmp_path):
+    vit = shake(ViT(**TINY | dict(global_pool="avg", num_classes=3)))
+    images = torch.randn(2, 3, 24, 24)
+    tokens = vit.blocks(vit.add_class_token(vit.embed(images)))[:, 1:]
+    wanted = F.layer_norm(tokens, (32,), vit.fc_norm.weight, vit.fc_norm.bias, 1e-6)
+    close(vit.feature_map(images).flatten(2).transpose(1, 2), wanted)
 
 
 @pytest.mark.parametrize("old, new", [(24, 36), ((24, 16), (20, 40))])
