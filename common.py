@@ -675,7 +675,7 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
         """→ classes (names), and the number of each sub-folder: torchvision asks for them."""
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
         if len(folders) < 2 or any(map(is_image, os.scandir(root))):
-            return [], {".": -1}                                      # all below root itself, with label −1
+            return [], {"": -1}                                       # all below root itself, with label −1
         classes = self.classes or folders
         unknown = set(folders) - set(classes)
         if unknown:
@@ -1054,6 +1054,9 @@ class Run:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
                 f"--overwrite replaces it")
+        above = pathlib.Path(args.init or "/").resolve().parents
+        if args.overwrite and pathlib.Path(args.out).resolve() in above:
+            raise UserError(f"--overwrite would remove {args.init}: take another --out, or move it first")
         self.step = 0
         self.seconds = 0.0                                            # of training, over all resumed parts
         self.signal = 0                                          # the number of the signal that stops the run
@@ -1389,7 +1392,7 @@ def shared_options(description):
     add("--std", type=number(float, 1e-6), nargs="+", help="standard deviation, likewise")
     workers = min(8, os.cpu_count())
     add("--workers", type=whole, default=workers, help="processes that read images, beside each that trains")
-    add("--micro-batch", type=count, help="images at once on a device; gradients add up (at most 256)")
+    add("--micro-batch", type=count, help="images at once on a device; gradients add up (None: at most 256)")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products; None: bf16 where faster")
     add("--compile", action=switch, help="torch.compile models; None: large ones on GPUs")
@@ -1398,7 +1401,7 @@ def shared_options(description):
 
 
 MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "workers", "compile", "root",
-              "checkpoint_blocks", "micro_batch", "augmentor", "data"}
+              "checkpoint_blocks", "micro_batch", "augmentor", "prior"}
 
 
 def kind_of_data(args):

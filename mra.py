@@ -433,7 +433,7 @@ def classify(args, train=None, val=None):
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
     # On scenes, MRA is judged in any case.
-    needed = "mra" in args.augment or args.augmentor or args.data is None
+    needed = "mra" in args.augment or args.augmentor or not args.data
     mra = make_augmentor(args, run, train, val) if needed else None
     rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
 
@@ -487,7 +487,7 @@ def classify(args, train=None, val=None):
         result, per_class = evaluate(average, val, val_ids, run)
         if args.imbalance > 1:
             result |= by_size(per_class, labels_of(train)[ids].bincount(minlength=classes))
-        if mra is not None:
+        if mra:
             # Does MRA keep the class of an image? Then a classifier trained without it stays sure.
             if run.rank == 0:
                 draw(mra, val, run)
@@ -593,14 +593,15 @@ def occlusion(args, train=None, val=None):
     if not (args.compare and args.augmentor):
         raise UserError("--task occlusion needs --compare, the last.pt of classifiers, and --augmentor")
     run = Run(args)
+    train, val = prepare_data(args, run, train, val)
     run.start()
     for path in args.compare:
         saved = read_checkpoint(path)
-        if "classifier" not in saved:
-            raise UserError(f"{path} holds no classifier: name the last.pt of --task supervised or semi")
-        for name in ("classifier", "num_classes", "size", "mean", "std"):
+        if "classifier" not in saved or saved["args"]["size"] != args.size:
+            raise UserError(f"{path} holds no classifier (name the last.pt of --task supervised or semi), "
+                            f"or one for another --size")
+        for name in ("classifier", "num_classes", "mean", "std"):
             setattr(args, name, saved["args"][name])
-        train, val = prepare_data(args, run, train, val)
         torch.manual_seed(args.seed)                                  # the same images for all classifiers
         val_ids = labelled_ids(val, args.num_classes, args.limit)
         model = new_classifier(args).to(run.device)

@@ -771,7 +771,17 @@ def test_skipped_files_are_counted_once(tmp_path, capsys):
     write_image(tmp_path / "a.png")
     (tmp_path / "notes.txt").write_text("text")
     opened(tmp_path / "out", "--data", tmp_path)
-    assert "'.txt': 1" in capsys.readouterr().out
+    assert "files skipped: {'.txt': 1}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_overwriting_does_not_delete_what_to_start_from(inside, tmp_path):
+    run_of(tmp_path / "run").start()
+    init = tmp_path / ("run/prior/last.pt" if inside else "last.pt")
+    init.parent.mkdir(exist_ok=True)
+    init.write_bytes(b"precious")
+    with pytest.raises(UserError) if inside else contextlib.nullcontext():
+        run_of(tmp_path / "run", "--overwrite", "--init", init)
 
 
 def test_sixteen_bit_images_keep_their_levels(tmp_path):
@@ -979,8 +989,8 @@ def test_a_checkpoint_alone_is_resumed_with_its_options(tmp_path):
     run.save("last.pt", step=1, seconds=1.0, history=[], sums={})
     (tmp_path / "copy").mkdir()
     shutil.copy(tmp_path / "run" / "last.pt", tmp_path / "copy")
-    args = options(tmp_path / "copy", "--resume", "--data", "elsewhere")
-    assert (args.resume, args.batch, args.seed, args.data) == (True, 4, 3, "elsewhere")
+    args = options(tmp_path / "copy", "--resume")
+    assert (args.resume, args.batch, args.seed) == (True, 4, 3)
     run = Run(args)
     run.start(8)
     assert run.step == 1 and (tmp_path / "copy" / "last.pt").exists()
