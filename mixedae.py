@@ -227,8 +227,8 @@ class MixedAE(nn.Module):
         """Mean squared error over hidden patches only, as in MAE."""
         target = patchify(images, self.encoder.patch_size).float()          # (B, N, P·P·C)
         if self.norm_pixels:
-            mean = target.mean(dim=-1, keepdim=True)
-            variance = target.var(dim=-1, keepdim=True)
+            mean = target.mean(-1, keepdim=True)
+            variance = target.var(-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
         error = (prediction.float() - target).square().mean(dim=-1)         # (B, N)
         return (error * mask).sum() / mask.sum()
@@ -308,7 +308,8 @@ def draw(model, dataset, run):
     attention = encoder.blocks[-1].attn
     inputs = []                                                             # of the last attention
     attention.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
-    ids = torch.arange(model.members) * (len(dataset) // model.members)
+    # Far apart, as folders are sorted by class.
+    ids = torch.arange(model.members) * ((len(dataset) - 1) // model.members)
     images, _ = next(batches(dataset, [(ids, run.args.seed)], run))
     noise = torch.rand(1, model.places, device=run.device)
     model.turns = 1                                                         # one mixture is enough
