@@ -1054,8 +1054,8 @@ class Run:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
                 f"--overwrite replaces it")
-        above = pathlib.Path(args.init or "/").resolve().parents
-        if args.overwrite and pathlib.Path(args.out).resolve() in above:
+        out, init = (pathlib.Path(path or "").resolve() for path in (args.out, args.init))
+        if args.overwrite and args.init and init.parent == out:
             raise UserError(f"--overwrite would remove {args.init}: take another --out, or move it first")
         self.step = 0
         self.seconds = 0.0                                            # of training, over all resumed parts

@@ -78,7 +78,8 @@ from torchvision.transforms import v2
 STRATEGIES = {
     "low": torch.neg,               # hides what is attended to least, the background: the paper's choice
     "random": torch.rand_like,      # hides any patches, as MAE does
-    "high": torch.positive}         # hides what is attended to most, the object
+    "high": torch.positive          # hides what is attended to most, the object
+}
 
 
 def hide(noise, visible):
@@ -624,7 +625,8 @@ TASKS = {
     "semi": classify,
     "fewshot": classify,
     "occlusion": occlusion,
-    "augmentor": pretrain}
+    "augmentor": pretrain
+}
 
 # --------------------------------------------------------------------------------------------- command line
 
@@ -647,7 +649,8 @@ PRESETS = {
     "imagenet augmentor": dict(
         epochs=200, batch=4096, lr=1.5e-4, warmup=40.0, weight_decay=0.05),
     "imagenet semi": dict(
-        labels=100, epochs=300, batch=1024, micro_batch=16, lr=0.03, weight_decay=3e-4)}
+        labels=100, epochs=300, batch=1024, micro_batch=16, lr=0.03, weight_decay=3e-4)
+}
 
 
 def preset(args, kind):

@@ -777,7 +777,7 @@ def test_skipped_files_are_counted_once(tmp_path, capsys):
 @pytest.mark.parametrize("inside", [True, False])
 def test_overwriting_does_not_delete_what_to_start_from(inside, tmp_path):
     run_of(tmp_path / "run").start()
-    init = tmp_path / ("run/prior/last.pt" if inside else "last.pt")
+    init = tmp_path / ("run/last.pt" if inside else "run/other/last.pt")
     init.parent.mkdir(exist_ok=True)
     init.write_bytes(b"precious")
     with pytest.raises(UserError) if inside else contextlib.nullcontext():
