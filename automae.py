@@ -2,13 +2,13 @@
 Haijian Chen, Wendong Zhang, Yunbo Wang, Xiaokang Yang, 2023, https://arxiv.org/abs/2303.06583
 
 A masked autoencoder hides patches at random, as if all of them taught equally much. They do not: empty
-background is too easy to predict, and hiding patches of objects more often gives better features. AutoMAE
-learns which ones, image by image. A frozen transformer, trained before, gives hints: its attention is high
-where something is. A small generator turns them into a probability for each patch, from which a mask is
-drawn. Two forces train the generator. A discriminator compares its masks with random boxes, because objects
-are compact, and pulls it towards masks that look like a box. And the loss of reconstruction flows back
-through the drawn mask, which keeps the task from becoming impossible. In the end only the encoder counts; it
-is a plain vision transformer.
+background is too easy to predict, and in the paper hiding patches of objects more often gives better
+features. AutoMAE learns which ones, image by image. A frozen transformer, trained before, gives hints: its
+attention is high where something is. A small generator turns them into a probability for each patch, from
+which a mask is drawn. Two forces train the generator. A discriminator compares its masks with random boxes,
+because objects are compact, and pulls it towards masks that look like a box. And the loss of reconstruction
+flows back through the drawn mask, which keeps the task from becoming impossible. In the end only the encoder
+counts; it is a plain vision transformer.
 
     images ──► frozen ViT ──► attention ──► GENERATOR ──► probability ──► soft mask ──► DISCRIMINATOR: a box?
     (B,C,H,W)                 (B,heads,N)                 (B,N)           (B,N) drawn
@@ -20,20 +20,22 @@ is a plain vision transformer.
     torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt    # the paper's recipe
     python mae.py --task probe --init runs/automae/last.pt      # what is the encoder worth?
 
-Measured with seeds 0 to 3, one thread of an AMD EPYC (seed 3: two): in the last epoch the generator's
-probability is 6.0, 3.2, 3.4 and 2.6 times as high on objects as on background. A map that is the same for all
-images, the mean over a batch, reaches 3.1, 2.9, 2.9 and 3.0. So with seed 0 the look at the single image
-nearly doubles the ratio; with the others nearly all that the generator learns is where objects tend to lie.
-It depends on the prior: with seed 0 one head attends 10.5 times as much to objects as to background, with
-seeds 1 and 2 none more than 2.1 times. Since then the patch embedding sums in another order; seed 0 now gives
-4.5 and 3.1.
+Measured with seeds 0 to 3, one thread of an AMD EPYC (seed 3: two), in the last epoch:
 
-Better features are not shown: a linear classifier on the mean patch token is right for 0.42, 0.40 and 0.43,
-after as many steps of random masks (--masking random) for 0.44, 0.40 and 0.42. With true boxes it is 0.21,
-0.21 and 0.21, no better than before training. They hide nearly the whole object. In a scene nothing of an
-object can be inferred from the background, so, we think, nothing teaches the encoder about objects, and
-scenes cannot show what the paper says about boxes. Learned masks hide 0.82 to 0.86 of the object and 0.72 to
-0.73 of the background, and do no such harm.
+    generator's probability, objects over background         4.5  3.2  3.4  2.6
+    the same, for its mean map over a batch                  3.1  2.9  2.9  3.0
+
+The mean map only knows where objects tend to lie. So with seed 0 the look at the single image helps; with the
+others nearly all that the generator learns is where objects tend to lie. This depends on the prior: with seed
+0 one head attends 13 times as much to objects as to background, with seeds 1 and 2 no head more than 2.1
+times. (Seeds 1 to 3 are from before the patch embedding's order of summation changed; seed 0 then had 6.0.)
+
+Features do not get better: a linear classifier on the mean patch token reaches 0.42, 0.40 and 0.43, with
+random masks (--masking random) 0.44, 0.40 and 0.42, with true boxes 0.21, 0.21 and 0.21, no better than
+before training. True boxes hide nearly the whole object. In a scene the background says nothing about the
+object, so, we think, nothing teaches the encoder about objects, and scenes cannot test the paper's claim
+about boxes. Learned masks hide 0.82 to 0.86 of the object and 0.72 to 0.73 of the background, and do no such
+harm.
 
 Details that matter
 1. No layer of the discriminator has a bias. With biases it can answer ½ to everything, and then nothing
@@ -85,15 +87,15 @@ def make_generator(num_heads, grid):
 
 
 def highlight(soft_mask, n):
-    """soft_mask (B, N) → 1 at its n highest entries, else 0. The gradient passes straight through, as if
-    nothing had been rounded (detail 7)."""
+    """soft_mask (B, N) → 1 at its n highest entries, else 0. A straight-through estimator: the gradient is
+    soft_mask's own (detail 7)."""
     hard = torch.zeros_like(soft_mask).scatter(1, soft_mask.topk(n).indices, 1.0)
     return hard + (soft_mask - soft_mask.detach())
 
 
 def make_discriminator(grid):
-    """→ a module: soft mask (B, N) → scores (B, 1 or more), towards 1 if it looks like a box, towards 0 if
-    like the generator's (section 3.2). Spectral norm divides the weights of a layer by their largest singular
+    """→ a module: soft mask (B, N) → scores (B, 1 or more), near 1 for a random box, near 0 for a mask of the
+    generator (section 3.2). Spectral norm divides the weights of a layer by their largest singular
     value, so that scores change gently. No biases (detail 1)."""
     # 14×14 patches become 7×7, 3×3, and one score. Sides of 2 to 11 patches need a border in the last layer,
     # of 2 or 3 a wider one before [not in the paper].
@@ -114,9 +116,9 @@ def random_boxes(batch, grid, device):
     place in noise (detail 8)."""
     h, w = grid
     margin = round(4 / 14 * w)
-    area, width, x, y = torch.rand(4, batch, 1, device=device)
-    area = h * w * (39 + 121 * area) / 196                            # rounded up below: from 40 to 160
-    width = (margin + width * (w - 2 * margin + 1)).floor()           # from margin to w − margin
+    u, v, x, y = torch.rand(4, batch, 1, device=device)
+    area = h * w * (39 + 121 * u) / 196                               # with `ceil` below: 40 to 160 of 196
+    width = (margin + v * (w - 2 * margin + 1)).floor()               # from margin to w − margin
     height = (area / width).ceil().clamp(max=h)
 
     place = torch.arange(h * w, device=device)
@@ -167,10 +169,9 @@ class AutoMAE(nn.Module):
         hint: attention for the generator (B, heads, N); without a generator, 1 for patches to highlight
         and 0 for others (B, N), or 0 for all.
         """
-        # The generator gives every patch a probability. Gumbel noise added to their logarithms, and a
-        # softmax, turn them into a random draw that keeps its gradient: a soft mask, in which patch i has
-        # the highest entry with exactly the probability of patch i. Its n highest entries are highlighted
-        # (details 5 and 7).
+        # The generator gives every patch a log-probability (section 3.2). Gumbel-softmax adds noise and
+        # normalises: a random soft mask that keeps the gradient. Patch i has its highest entry with exactly
+        # the probability of patch i. The n highest entries are highlighted (details 5 and 7).
         soft_mask = highlighted = hint
         if self.generator is not None:
             soft_mask = F.gumbel_softmax(self.generator(hint).float())
@@ -182,9 +183,9 @@ class AutoMAE(nn.Module):
         score = noise + self.mask_factor * highlighted                # (B, N)
         ids_keep, ids_restore, mask = hide(score, self.visible)
 
-        # Multiply every token by a 1 whose gradient goes to the score. If a visible token would
-        # rather be larger, its score rises, and with it the chance that it is hidden the next time; so the
-        # loss of reconstruction reaches the generator (detail 7).
+        # Multiply every token by a 1 whose gradient goes to the score. If a larger visible token would lower
+        # the loss, its score rises, and so does its chance to be hidden next time. This is how the
+        # reconstruction loss reaches the generator (detail 7).
         one = 1 + (score - score.detach())
         tokens = self.encoder.embed(images) * one[..., None]          # (B, N, D)
 
@@ -249,8 +250,8 @@ def pretrain(args, train=None, val=None):
     if args.masking in ("learned", "attention"):
         prior = load_prior(args, run, train, val)
     torch.manual_seed(args.seed)
-    size = VITS[args.model] | dict(patch_size=args.patch)
-    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
+    vit_args = VITS[args.model] | dict(patch_size=args.patch)
+    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
     if args.init:                                                     # the decoder always starts anew
         encoder = load_encoder(
             args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
@@ -265,8 +266,8 @@ def pretrain(args, train=None, val=None):
     parts = dict(encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     optimizers = [optimizer]
     if generator:
-        judge = run.wrap(discriminator)                               # under torchrun within DDP
-        discriminator_optimizer = torch.optim.Adam(judge.parameters(), betas=(0.9, 0.95), fused=True)
+        wrapped_discriminator = run.wrap(discriminator)
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.9, 0.95), fused=True)
         optimizers.append(discriminator_optimizer)
         parts |= dict(generator=generator, discriminator=discriminator,
                       discriminator_optimizer=discriminator_optimizer)
@@ -284,26 +285,28 @@ def pretrain(args, train=None, val=None):
 
         # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.
         for i in range(run.accumulate):
-            last = i == run.accumulate - 1
+            is_last = i == run.accumulate - 1
             images, labels = next(loader)                             # (b, C, H, W); (b,) or maps (b, H, W)
             with torch.no_grad(), run.autocast:
                 hint = find_hint(args, prior, images, labels, model)
 
-            # First the discriminator: boxes should score 1, masks of the generator 0 (details 2, 3 and 4).
-            # With several micro-batches it takes its step after the last of them, but before encoder, decoder
-            # and generator have seen that one, as in the authors' code.
+            # First the discriminator (LSGAN): boxes should score 1, the generator's masks 0 (details 2 to 4).
+            # It steps in the last micro-batch, before encoder, decoder and generator see that one, as in the
+            # authors' code.
             if generator:
                 fake = F.gumbel_softmax(generator(hint)).detach()
                 real = random_boxes(len(images), encoder.grid, run.device)
-                discriminator_loss = (judge(real) - 1).square().mean() + judge(fake).square().mean()
+                real_loss = (wrapped_discriminator(real) - 1).square().mean()
+                fake_loss = wrapped_discriminator(fake).square().mean()
+                discriminator_loss = real_loss + fake_loss
                 run.scaler.scale(discriminator_loss / run.accumulate).backward()
-                if last:
+                if is_last:
                     run.scaler.step(discriminator_optimizer)
                     discriminator_optimizer.zero_grad()
 
             # Then encoder, decoder and generator: reconstruct well, and draw masks that look like a box. The
-            # gradient passes through the discriminator, but not into it.
-            wrapped.require_backward_grad_sync = last                 # DDP averages gradients once a step
+            # gradient passes through the discriminator, but not into it: hence no DDP around it.
+            wrapped.require_backward_grad_sync = is_last              # DDP averages gradients once a step
             with run.autocast:
                 loss, _, mask, soft_mask = wrapped(images, hint)
             run.log(loss=loss)
@@ -411,9 +414,9 @@ def options():
     add("--masking", choices=("learned", "attention", "boxes", "random"), default="learned",
         help="what to hide more often: the generator's choice (paper), the prior's, true boxes, or nothing")
     add("--mask-ratio", type=number(float, 0.01, 0.99), default=0.75,
-        help="part of the patches that is hidden (paper: 0.75)")
+        help="fraction of patches to hide (paper: 0.75)")
     add("--mask-factor", type=float, default=0.5, help="bonus of highlighted patches (paper: 0.5)")
-    add("--adversarial-weight", type=float, default=0.2, help="of looking like a box (paper: 0.2)")
+    add("--adversarial-weight", type=float, default=0.2, help="weight of the box loss (paper: 0.2)")
     add("--prior", help="ViT for attention, in its patches; None: trained first (paper: MAE, 800 epochs)")
     add("--norm-pixels", action=argparse.BooleanOptionalAction,
         help="predict normalised patches (paper: yes)")

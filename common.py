@@ -1,6 +1,5 @@
-"""What every script of this project needs and no paper is about, in six rooms: patches, a vision
-transformer, weights in and out, images, a run, and the command line. To use a script elsewhere, copy it
-together with this file.
+"""What every script needs and no paper is about, in six sections: patches, vision transformer, loading
+weights, images, a run, and the command line. To use a script elsewhere, copy it together with this file.
 
 Letters in shapes: B images in a batch, C channels, H×W pixels, P patch size, h×w grid of patches, N = h·w
 patches, n visible patches, T tokens, D width of the encoder, d width of the decoder, M images in a dataset,
@@ -27,9 +26,8 @@ import time
 from collections import Counter, OrderedDict
 from datetime import timedelta
 
-# Threads that wait for work spin, and so starve other programs on a busy machine. A short spin keeps the
-# speed of a machine left alone and nearly doubles that of a busy one. It counts only if it is set before
-# torch is imported.
+# OpenMP threads spin while they wait, and so starve other programs on a busy machine. A short spin costs an
+# idle machine no speed and nearly doubles that of a busy one. It has to be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -47,7 +45,7 @@ from torchvision.transforms import v2
 
 
 class UserError(ValueError):
-    """Something the user can mend: on the command line it becomes one line, without a traceback."""
+    """Something the user can fix: on the command line it becomes one line, without a traceback."""
 
 
 # -------------------------------------------------------------------------------------------------- patches
@@ -103,7 +101,7 @@ def sincos_positions(dim, grid):
 
 
 def gather_tokens(tokens, ids):
-    """tokens (B, N, D), ids (B, n) → (B, n, D): the tokens with these numbers, chosen separately for each
+    """tokens (B, N, D), ids (B, n) → (B, n, D): the tokens at these indices, chosen separately for each
     image. This is how hidden patches are dropped, and how a shuffled order is undone."""
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
 
@@ -184,7 +182,7 @@ class Block(nn.Module):
 
 def init_weights(module):
     """MAE's initialisation: Xavier-uniform for linear layers, the patch projection seen as one; biases are
-    zero (in MAE's code not the projection's)."""
+    zero, in MAE's code not the projection's [not in the paper]."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         nn.init.zeros_(module.bias)
@@ -251,7 +249,7 @@ class ViT(nn.Module):
         self.apply(init_weights)
 
     def embed(self, images):
-        """images (B, C, H, W) → tokens (B, N, D), one a patch, with its position; no class token yet."""
+        """images (B, C, H, W) → tokens (B, N, D), one per patch, with its position; no class token yet."""
         # A product of matrices, because on a GPU the same convolution takes nine times as long.
         projection = self.patch_embed["proj"]
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)     # (D, P·P·C), in patchify's order
@@ -512,9 +510,9 @@ def load_decoder(path, encoder, **overrides):
 
 # --------------------------------------------------------------------------------------------------- images
 # A dataset is anything with __len__ and __getitem__(i) → (uint8 image (C, H, W), label). If it also has
-# `targets` (all labels), `classes` (their names), `mean` and `std` (a number a channel, in pixel values 0 …
-# 255), these are used. For segmentation a label is a map, uint8 (H, W): the class of every pixel, 255 where
-# nobody knows.
+# `targets` (all labels), `classes` (their names), `mean` and `std` (per channel, in pixel values 0 … 255),
+# these are used. For segmentation a label is a map, uint8 (H, W): the class of every pixel, 255 where
+# unknown.
 
 # Scenes: images drawn by this project, so that everything can be tried without a download. A shape is a
 # function of the place (x, y) that is below zero inside the shape and grows with the distance from it.
@@ -717,7 +715,7 @@ def torchvision_datasets(name, root):
 
 def labels_of(dataset):
     """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of labels.
-    Maps, or several labels an image, count as unknown."""
+    Maps, or several labels per image, count as unknown."""
     labels = None
     for name in ("_labels", "labels", "targets"):                     # torchvision uses all three
         labels = getattr(dataset, name, labels)
@@ -766,12 +764,12 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
         raise UserError("the images' pixels go from 0 to 1: a dataset has to give uint8, 0 to 255")
     args.in_chans = len(image)
 
-    # Left open, the size is the images' own, cut to what divides into patches. Files differ in size: they
-    # become squares that this machine can handle.
+    # Without --size, images keep their size, rounded down to whole patches. Those of --data may differ in
+    # size: they become squares of at most 224 pixels, without a GPU 64.
     sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
         sides = to_pair(min(*sides, 224 if run.device.type == "cuda" else 64))
-    if args.patch is None:                                            # 4 or 8 where at most 12 fit, else 16
+    if args.patch is None:                                            # 4 or 8 if at most 12 fit on a side
         largest = 14 if args.model == "huge" else 16
         args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), largest)
     if args.size is None:
@@ -785,7 +783,7 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
         mean, std = getattr(train, "mean", None), getattr(train, "std", None)
         if mean is None or std is None:
             ids = spread(len(train), 500).tolist()
-            pixels = [middle(train[i][0], args.size).flatten(1).float() for i in ids]
+            pixels = [center_crop(train[i][0], args.size).flatten(1).float() for i in ids]
             pixels = torch.cat(pixels, dim=1)                         # (C, all pixels)
             mean = pixels.mean(dim=1).tolist()
             std = pixels.std(dim=1).clamp(min=1).tolist()             # a channel may be the same everywhere
@@ -796,11 +794,11 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
             raise UserError(
                 f"the images have {args.in_chans} channels; --mean, --std or --init is for {len(numbers)}")
 
-    # Images that are small at --size are read once and for all: decoding a photo takes longer than a
-    # training step of a small model.
-    pixels = len(train) * math.prod(args.size)
-    known = args.data is None or isinstance(train, Images)            # nothing has to be read
-    if known or max(args.size) > 96 or pixels > 500_000_000 or np.ndim(label):
+    # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
+    # of a small model. Maps (np.ndim(label) > 0) are not.
+    num_pixels = len(train) * math.prod(args.size)
+    no_files = args.data is None or isinstance(train, Images)
+    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
 
@@ -818,7 +816,7 @@ def in_memory(dataset, run):
 
 
 def spread(count, limit=None):
-    """→ the numbers (m,) of `limit` of `count` images, evenly spread; of all without a limit."""
+    """→ `limit` of the indices 0 … count − 1 (m,), evenly spaced; all of them without a limit."""
     return torch.linspace(0, count - 1, min(count, limit or count), dtype=torch.float64).round().long()
 
 
@@ -838,21 +836,21 @@ def training_plan(ids, run, times=1):
     size = run.micro_batch * times
     for step in range(run.step, run.total_steps):
         # All processes draw the same order, and each takes what is its own.
-        epoch, place = divmod(step, run.steps_per_epoch)
-        if place == 0 or step == run.step:
+        epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
+        if step_in_epoch == 0 or step == run.step:
             generator = torch.Generator().manual_seed(seed_for(run.args.seed, epoch))
             order = ids[torch.randperm(len(ids), generator=generator)]
         for i in range(run.accumulate):
-            # The number of this micro-batch among all micro-batches of the epoch, on all processes.
-            turn = (place * run.world + run.rank) * run.accumulate + i
-            places = turn * size + torch.arange(size)
-            yield order[places % len(ids)], seed_for(run.args.seed, epoch, turn)
+            # The index of this micro-batch in the epoch, over all processes. If images are few, they repeat.
+            index = (step_in_epoch * run.world + run.rank) * run.accumulate + i
+            positions = index * size + torch.arange(size)
+            yield order[positions % len(ids)], seed_for(run.args.seed, epoch, index)
 
 
 def view_transform(args, train, augment=None):
     """→ what is done to an image, and to the map that may come with it: a random crop and flip for training,
-    then `augment`; for evaluation the middle."""
-    crop = v2.Lambda(functools.partial(middle, size=args.size), tv_tensors.TVTensor)
+    then `augment`; for evaluation the centre."""
+    crop = v2.Lambda(functools.partial(center_crop, size=args.size), tv_tensors.TVTensor)
     if not train:
         return crop
     if args.crop < 1:
@@ -871,10 +869,10 @@ def view_transform(args, train, augment=None):
     return v2.Compose(steps)
 
 
-def middle(image, size):
-    """image (…, H, W) → its middle (…, *size). As in the paper, seven eighths of the shorter side are seen,
-    and all of it by models for more than 224 pixels. An image that has the size already stays as it is. It is
-    cropped before it is resized; in MAE's code after."""
+def center_crop(image, size):
+    """image (…, H, W) → its centre (…, *size), cropped before it is resized [not in the paper], in MAE's code
+    after. As in the paper, 7/8 of the shorter side is kept, or all of it if `size` is above 224 pixels. An
+    image that has the size already stays as it is."""
     if image.shape[-2:] == size:
         return image
     scale = min(image.shape[-2] / size[0], image.shape[-1] / size[1])
@@ -884,7 +882,7 @@ def middle(image, size):
     return v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC)
 
 
-def together(transform, images, labels):
+def apply_transform(transform, images, labels):
     """→ images and labels after a transform. Labels that are maps (…, H, W) are cropped and flipped with
     their images, and never interpolated; labels that are numbers stay as they are."""
     if np.ndim(labels) > 1:
@@ -893,7 +891,7 @@ def together(transform, images, labels):
 
 
 class View(Dataset):
-    """A dataset seen through a transform: view[i, seed] → image (C, h, w), label, seed. Random numbers
+    """A dataset seen through a transform: view[i, seed] → image (C, H, W), label, seed. Random numbers
     depend on the seed and on i alone, whichever worker process reads the image."""
 
     def __init__(self, dataset, transform):
@@ -904,21 +902,25 @@ class View(Dataset):
         i, seed = key
         image, label = self.dataset[i]
         torch.default_generator.manual_seed(seed_for(seed, i))     # as torch.manual_seed, without the GPUs
-        image, label = together(self.transform, image, label)
+        image, label = apply_transform(self.transform, image, label)
         return image, torch.as_tensor(label), seed
 
 
-def stack(samples):
-    """Samples of a `View` → images (b, C, h, w), labels (b,), the first seed. Images of 8 bits, uint8, and of
+def collate(samples):
+    """Samples of a `View` → images (b, C, H, W), labels (b,), the first seed. Images of 8 bits, uint8, and of
     16, float32, make one batch of float32."""
     images, labels, seeds = zip(*samples)
     return torch.stack(images), torch.stack(labels), seeds[0]
 
 
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # not on Windows
+
+
 def ignore_signals(worker):
-    """A terminal's Ctrl-C reaches worker processes too, but the main process wants to save first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """A terminal's Ctrl-C, or its end, reaches worker processes too, but the main process wants to save
+    first."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
@@ -937,7 +939,7 @@ def file_batches(dataset, plan, run, transform):
     loader = DataLoader(
         View(dataset, transform),
         batch_sampler=([(i, seed) for i in ids.tolist()] for ids, seed in plan),
-        collate_fn=stack,
+        collate_fn=collate,
         num_workers=run.args.workers,
         worker_init_fn=ignore_signals,
         pin_memory=run.device.type == "cuda",                         # so that a copy need not be waited for
@@ -953,17 +955,17 @@ def memory_batches(dataset, plan, run, transform):
     images, targets = dataset.images.to(run.device), dataset.targets.to(run.device)
     for ids, seed in plan:
         torch.manual_seed(seed)
-        ids = ids.to(run.device, non_blocking=True)
+        ids = ids.to(run.device, non_blocking=run.device.type == "cuda")
         eights = zip(images[ids].split(8), targets[ids].split(8))
-        parts = [together(transform, *eight) for eight in eights]
+        parts = [apply_transform(transform, *eight) for eight in eights]
         yield [torch.cat(part) for part in zip(*parts)]
 
 
 def batches(dataset, plan, run, train=False, augment=None, transform=None):
-    """Yields a batch on the run's device for each (ids (b,), seed) of the plan: images float (b, C, h, w),
-    normalised, and labels (b,), or maps (b, h, w) with −100 where nobody knows. Torch's random numbers then
-    start at the seed. train: with random crops and flips; augment: uint8 image → uint8 image, after these,
-    in worker processes; transform: instead of all this."""
+    """Yields a batch on the run's device for each (ids (b,), seed) of the plan: images float (b, C, H, W),
+    normalised, and labels (b,), or maps (b, H, W) with −100 where unknown. It sets torch's seed for each.
+    train: random crops and flips; augment: uint8 image → uint8 image, after these, in worker processes;
+    transform: replaces all this."""
     args = run.args
     mean, std = torch.tensor([args.mean, args.std], device=run.device)[..., None, None]
     source = file_batches
@@ -971,10 +973,12 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
         source = memory_batches
     transform = transform or view_transform(args, train, augment)
 
-    # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device.
+    # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device. A copy
+    # that nobody waits for is safe on CUDA; on a Mac's GPU the images could be lost before it is made.
+    on_gpu = run.device.type == "cuda"
     for images, labels in source(dataset, plan, run, transform):
-        images = images.to(run.device, non_blocking=True)
-        labels = labels.to(run.device, non_blocking=True).long()
+        images = images.to(run.device, non_blocking=on_gpu)
+        labels = labels.to(run.device, non_blocking=on_gpu).long()
         if labels.ndim > 1:
             labels = labels.where(labels != 255, -100)                # cross_entropy leaves these out
         yield (images.float() - mean) / std, labels
@@ -1005,9 +1009,9 @@ def save_image_rows(path, rows):
 # ------------------------------------------------------------------------------------------------------ run
 
 def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
-    """The schedule of all four papers: a straight line up to the peak, then half a cosine down to the
-    floor. The first step has 1/warmup_steps of the peak [not in the paper]; in MAE's code it has 0 and
-    changes nothing."""
+    """The schedule of MAE, and of the other papers [from memory]: a straight line up to the peak, then half a
+    cosine down to the floor. The first step has 1/warmup_steps of the peak [not in the paper]; in MAE's code
+    it has 0 and changes nothing."""
     if step < warmup_steps:
         return peak * min(1.0, (step + 1) / warmup_steps)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -1016,16 +1020,16 @@ def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
 
 def decay_groups(model, weight_decay, lr_scale=lambda name: 1.0):
     """→ parameter groups for AdamW. Biases, norms, class token, mask token and positions are not decayed
-    [not in the paper: MAE's pre-training code spares what has one dimension; its tokens have three, and so
-    are decayed]. lr_scale(name) is the part of the learning rate that a parameter gets."""
+    [not in the paper]; MAE's pre-training code exempts only one-dimensional parameters, so not its tokens.
+    lr_scale(name) is the factor of a parameter's learning rate."""
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            spared = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
-            key = (0.0 if spared else weight_decay, lr_scale(name))
+            no_decay = parameter.ndim < 2 or name.endswith(("_token", "pos_embed"))
+            key = (0.0 if no_decay else weight_decay, lr_scale(name))
             groups.setdefault(key, []).append(parameter)
-    return [dict(params=members, weight_decay=decay, lr_scale=scale)
-            for (decay, scale), members in groups.items()]
+    return [dict(params=parameters, weight_decay=decay, lr_scale=scale)
+            for (decay, scale), parameters in groups.items()]
 
 
 def matrix_rate(device, dtype):
@@ -1073,8 +1077,8 @@ class Run:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
 
-        # Matrix products in 16 bits take half the time. bf16 has the range of float32. fp16 has not: small
-        # gradients vanish in it unless the loss is scaled up, which is the scaler's work.
+        # Matrix products in 16 bits take half the time. bf16 has the range of float32. fp16 does not: small
+        # gradients would vanish, so the scaler scales the loss up.
         precision = "fp32"
         if self.device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
@@ -1088,7 +1092,7 @@ class Run:
         self.autocast = torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
-        # --batch images a step, over all processes, so that learning does not depend on how many they are.
+        # --batch images per step, over all processes, so that learning does not depend on their number.
         # Each process takes its part in micro-batches that fit into memory; their gradients add up.
         self.accumulate = math.ceil(args.batch / self.world / (args.micro_batch or 256))
         self.micro_batch = args.batch // (self.world * self.accumulate)
@@ -1106,16 +1110,20 @@ class Run:
 
     def wrap(self, model, *inputs):
         """Moves a model to the device, compiles it, and under torchrun wraps it in DDP, which averages
-        gradients. inputs: what it takes beside images; with them the log of a GPU has "mfu", the part of the
-        card's matrix rate that training uses."""
+        gradients. inputs: what `forward` takes besides images; with them a GPU run logs "mfu" (model FLOPs
+        utilisation): its speed relative to large matrix products."""
         model.to(self.device)
         if inputs and self.device.type == "cuda":
             images = torch.zeros(self.micro_batch, self.args.in_chans, *self.args.size, device=self.device)
             with FlopCounterMode(display=False) as counter, torch.no_grad(), self.autocast:
                 model(images, *inputs)
-            # As usual: the backward pass needs twice the operations of the forward pass.
-            work = 3 * counter.get_total_flops() / len(images)
-            self.peak_images_per_s = self.world * matrix_rate(self.device, self.matrix_dtype) / work
+            # The backward pass counts as twice the forward pass, as usual.
+            flops_per_image = 3 * counter.get_total_flops() / len(images)
+            peak_flops = self.world * matrix_rate(self.device, self.matrix_dtype)
+            self.peak_images_per_s = peak_flops / flops_per_image
+        # MixedAE's attention keeps its accuracy as an attribute: the compiler refuses that in a block that is
+        # computed twice, unless the second time may leave it out.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for module in model.modules():
             # Keep only a block's input; the backward pass computes the rest once more.
             if self.args.checkpoint_blocks and isinstance(module, Block):
@@ -1168,7 +1176,7 @@ class Run:
                 f"{count} images, {self.total_steps} steps of {args.batch} on {self.world} × {self.device}; "
                 f"peak learning rate --lr × batch / 256 = {args.lr * args.batch / 256:.2g}")
             if self.total_steps < 300:
-                self.print("fewer than 300 steps: enough for a try, too few to judge the method by")
+                self.print("fewer than 300 steps: enough for a try, too few to evaluate the method")
 
     def begin_folder(self):
         """Removes what an older run left, and writes OUT/args.json: options, versions, device and commit."""
@@ -1227,9 +1235,9 @@ class Run:
             except (OSError, RuntimeError) as error:
                 raise UserError(f"could not write {path}: {error}; if there was one before, it is whole")
 
-    def ends_epoch(self, step, cost):
-        """→ whether to evaluate after this step: at the end of an epoch, or of several, so that at least as
-        many images are trained on as are evaluated (`cost`)."""
+    def should_evaluate(self, step, cost):
+        """→ whether to evaluate `cost` images after this step: at the end of every epoch, or less often if an
+        epoch trains on fewer images than that."""
         epochs = math.ceil(cost / (self.steps_per_epoch * self.args.batch))
         return (step + 1) % (epochs * self.steps_per_epoch) == 0 or step + 1 == self.total_steps
 
@@ -1245,9 +1253,8 @@ class Run:
             elif now > self.stopped_at + 1:                           # torchrun sends a Ctrl-C twice
                 raise KeyboardInterrupt
 
-        numbers = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # not on Windows
-        # What nohup ignores stays ignored.
-        handlers = {number: signal.signal(number, stop) for number in numbers
+        # A signal that is ignored, as under nohup, stays ignored.
+        handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS
                     if signal.getsignal(number) != signal.SIG_IGN}
         self.looked_at = time.monotonic()
         self.began, self.save_at = self.looked_at - self.seconds, self.looked_at + 30
@@ -1261,9 +1268,9 @@ class Run:
                 signal.signal(number, handler)
 
     def after_step(self):
-        """Looks at the run when an epoch ends, eight seconds have passed, or a signal came; else returns."""
-        # Processes have to look after the same step, or they would wait for each other without end. So each
-        # learns what the others know: the signal, and the seconds since the last look.
+        """Reports, logs and saves when an epoch ends, eight seconds have passed, or a signal came."""
+        # All processes must report after the same step, or they would wait for each other forever. So they
+        # exchange the signal and the seconds since the last report.
         facts = torch.tensor([self.signal, time.monotonic() - self.looked_at])
         if self.world > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX)
@@ -1310,7 +1317,7 @@ class Run:
             self.write_log(**line)
             self.sums, self.numbers = {}, {}
 
-        # A checkpoint holds all that the next step depends on. Writing them takes 2 % of the time at most.
+        # A checkpoint holds all that the next step depends on. Saving takes at most 2 % of the time.
         if stop or last or now > self.save_at:
             parts = {name: part.state_dict() for name, part in self.parts.items()}
             self.save(
@@ -1328,7 +1335,7 @@ class Run:
 
 
 def entry(main):
-    """Runs a script's main. What a user can mend ends with one line on stderr instead of a traceback."""
+    """Runs a script's main. What a user can fix ends with one line on stderr instead of a traceback."""
     code, message = 2, None
     try:
         main()
@@ -1371,13 +1378,13 @@ def shared_options(description):
     add("--data", help="a folder, or a torchvision dataset: cifar10 …; None: scenes, drawn on the spot")
     add("--out", help="folder for checkpoints, log and images; left out: runs/SCRIPT")
     add("--init", help="checkpoint to start from: ours, MAE's, timm's, Hugging Face's (not in mra.py)")
-    add("--model", choices=VITS, help="size of the encoder (paper: base)")
-    add("--size", type=count, nargs="+", help="side in pixels, or height and width (paper: 224)")
-    add("--patch", type=count, help="side of a patch in pixels; None: by the size (paper: 16)")
-    add("--epochs", type=count, help="times every image is seen; None: by the number of steps (paper: 800)")
-    add("--batch", type=count, help="images a step, over all processes (paper: 4096)")
-    add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (paper: 1.5e-4)")
-    add("--warmup", type=amount, help="epochs of rising rate, at most 1/5 of all; None: 1/10 (paper: 40)")
+    add("--model", choices=VITS, help="size of the encoder (MAE: base)")
+    add("--size", type=count, nargs="+", help="side in pixels, or height and width (MAE: 224)")
+    add("--patch", type=count, help="side of a patch in pixels; None: by the size (MAE: 16)")
+    add("--epochs", type=count, help="times every image is seen; None: by the number of steps (MAE: 800)")
+    add("--batch", type=count, help="images per step, over all processes (MAE: 4096)")
+    add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (MAE: 1.5e-4)")
+    add("--warmup", type=amount, help="epochs of rising rate, at most 1/5 of all; None: 1/10 (MAE: 40)")
     add("--limit", type=count, help="use only this many images, for a quick try")
     add("--seed", type=whole, default=0, help="decides weights, order, crops, masks and which scenes")
     add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
@@ -1385,8 +1392,8 @@ def shared_options(description):
 
     add = parser.add_argument_group("advanced").add_argument
     add("--root", default="data", help="folder for torchvision's downloads")
-    add("--weight-decay", type=amount, default=0.05, help="of weight matrices (paper: 0.05)")
-    add("--crop", type=number(float, 0.01, 1), help="least part of the area in a random crop (paper: 0.2)")
+    add("--weight-decay", type=amount, default=0.05, help="of weight matrices (MAE: 0.05)")
+    add("--crop", type=number(float, 0.01, 1), help="smallest area fraction of a random crop (MAE: 0.2)")
     add("--flip", action=switch, default=True, help="flip images at random")
     add("--mean", type=float, nargs="+", help="mean of each channel, in pixel values 0 to 255")
     add("--std", type=number(float, 1e-6), nargs="+", help="standard deviation, likewise")
@@ -1413,7 +1420,7 @@ def kind_of_data(args):
     for folder, _, names in os.walk(args.data, followlinks=True):
         paths = [f"{folder}/{name}" for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
         count += len(paths)
-        for path in filter(is_image, paths[:1]):
+        for path in filter(is_image, paths[:1]):                      # the last folder's is the sample
             with contextlib.suppress(Exception):                      # whatever Pillow says of it
                 side = min(Image.open(path).size)
         if count > 50_000:
@@ -1429,8 +1436,9 @@ def parse_args(parser, script, preset, arguments=None):
     args, _ = parser.parse_known_args(arguments)
     out = args.out or f"runs/{script}"
     task = getattr(args, "task", None)
-    evaluation = args.out is None and task != parser.get_default("task")
-    if evaluation:
+    # Without --out, a task other than the default has a folder of its own.
+    named_by_task = args.out is None and task != parser.get_default("task")
+    if named_by_task:
         out += f"-{task}"
         if getattr(args, "eval", False):                              # it must not replace what it evaluates
             out += "-eval"
@@ -1455,7 +1463,7 @@ def parse_args(parser, script, preset, arguments=None):
     # A finished evaluation that has trained nothing may be replaced.
     log = folder / "log.jsonl"
     trained = (folder / "last.pt").exists() or (folder / "best.pt").exists()
-    if evaluation and log.exists() and '"task"' in log.read_text() and not trained:
+    if named_by_task and log.exists() and '"task"' in log.read_text() and not trained:
         args.overwrite = True
     for name, value in values.items():
         if args.resume and getattr(args, name) != value and name not in MAY_CHANGE:

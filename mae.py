@@ -16,11 +16,11 @@ pre-training is about three times as fast as with all of them (paper; here 2.4).
     python mae.py --data fashion-mnist --out runs/fashion  # a torchvision dataset
     python mae.py --data ~/photos --out runs/photos        # a folder of images
     torchrun --nproc_per_node=8 mae.py --data /imagenet    # the paper's recipe; also --model large
-    python mae.py --task finetune --init runs/mae/last.pt  # what is it worth? also probe, knn, segment
+    python mae.py --task finetune --init runs/mae/last.pt  # evaluate it; also probe, knn, segment
 
 Measured with the first command, seed 0, on two cores of an AMD EPYC: 3 min 16 s; a linear classifier on the
-frozen encoder's mean patch token gets 0.61 of new images right (untrained encoder: 0.22, chance: 0.10). Into
-timm: VisionTransformer(**saved["args"]["vit"]).load_state_dict(saved["encoder"]), saved being OUT/last.pt.
+frozen encoder's mean patch token has accuracy 0.61 (untrained encoder: 0.22, chance: 0.10). In timm, with
+saved = torch.load(…/last.pt): VisionTransformer(**saved["args"]["vit"]).load_state_dict(saved["encoder"]).
 
 Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
@@ -29,23 +29,22 @@ Details that matter
  3. The encoder never sees a mask token. With them it is three times as slow, and worse: 84.2 instead of
     84.9 % (table 1c).
  4. The loss is the mean over hidden patches only. Visible ones are easy to copy and teach nothing.
- 5. The target is each patch normalised by its own mean and variance; the variance is the unbiased one, and
-    1e-6 is added to it.
+ 5. The target is each patch normalised by its own mean and unbiased variance + 1e-6 (table 1d). The small
+    presets predict plain pixels [not in the paper].
  6. The peak learning rate is --lr × batch / 256: 2.4e-3 for the paper's batch of 4096. Weight decay spares
     biases, norms, class token and mask token [not in the paper].
  7. LayerNorm's eps is 1e-6, as in MAE's code and timm. PyTorch's default is 1e-5.
  8. The patch projection is initialised like a linear layer over a patch's pixels, not as a convolution.
- 9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts; hiding
-    patches is augmentation enough.
-10. Random numbers start anew in every step, from (seed, step). So a resumed run ends with the same weights
-    as one that was not interrupted [not in the paper]. OUT/last.pt is written every half minute; if writing
-    is slow, less often, so that it never takes more than 2 % of the time. If the machine dies, the steps
-    since then are lost; --resume goes on from there. (Give --out again, or --task if there was no --out. All
+ 9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts (table
+    1e); hiding patches is augmentation enough.
+10. Every step seeds its random numbers with (seed, step). So a resumed run ends with the same weights as an
+    uninterrupted one [not in the paper]. OUT/last.pt is saved every 30 s, or less often if saving would take
+    more than 2 % of the time. --resume continues from it; later steps are lost. (Repeat --out and --task; all
     other options come from the checkpoint.)
 11. Fine-tuning reads the mean of the patch tokens through a new norm. The linear probe reads the class token,
     but in the small presets the mean patch token [not in the paper].
-12. --task segment reads the last four blocks through one convolution, or with --head conv three [not in the
-    paper, which uses UperNet].
+12. --task segment reads the last four blocks through one convolution, or with --head conv three
+    [not in the paper]; the paper uses UperNet.
 """
 
 import argparse
@@ -73,14 +72,14 @@ from torchvision.transforms import v2
 # kinds hide exactly as many patches in every image.
 
 def random_noise(batch, grid, device):
-    """→ (B, N): every patch is as likely to be hidden as any other (section 3). The paper's choice, and the
-    best."""
+    """→ (B, N): every patch is as likely to be hidden as any other (section 3). The paper's choice and best
+    (table 1f)."""
     return torch.rand(batch, grid[0] * grid[1], device=device)
 
 
 def grid_noise(batch, grid, device):
     """→ (B, N): of every 2×2 patches the upper left one stays (figure 6). If more have to stay, random others
-    are added; if fewer, a random choice of these stays."""
+    are added; if fewer, a random choice of these stays [not in the paper]."""
     row = torch.arange(grid[0], device=device)[:, None]
     column = torch.arange(grid[1], device=device)
     odd = row % 2 | column % 2                                        # (h, w): 0 where a patch stays
@@ -104,8 +103,8 @@ def block_noise(batch, grid, device, rectangles=24):
     covered = inside_rows & inside_columns                            # (B, rectangles, h, w)
 
     # Earlier rectangles get higher numbers, so they are hidden first. The one that would hide too much is
-    # hidden only in part: its first patches in reading order stay visible, so the count is exact [not in the
-    # paper].
+    # hidden only in part: its first patches in reading order stay visible, so the count is exact
+    # [not in the paper].
     rank = torch.arange(rectangles, 0, -1, device=device)
     covered = covered * rank[:, None, None]
     order = torch.linspace(0, 0.9, rows * columns, device=device)
@@ -157,16 +156,16 @@ class MAE(nn.Module):
         tokens = self.encoder.embed(images)                           # (B, N, D)
 
         # Choose what to hide. Ranking random numbers gives every image exactly n visible patches (detail 2).
-        places = tokens.shape[1]
-        visible = int(places * (1 - mask_ratio))
+        num_patches = tokens.shape[1]
+        len_keep = int(num_patches * (1 - mask_ratio))
         if mask is not None:
-            visible = places - int(mask[0].sum())
-            if (mask.sum(dim=1) != places - visible).any():
+            len_keep = num_patches - int(mask[0].sum())
+            if (mask.sum(dim=1) != num_patches - len_keep).any():
                 raise UserError("the mask has to hide equally many patches in every image")
             noise = mask.float()                                      # 0 where visible: the lowest stay
         elif noise is None:
             noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
-        ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
+        ids_keep, ids_restore, mask = hide(noise, len_keep)           # (B, n), (B, N), (B, N)
 
         # Hidden patches are dropped here: of every image only the n tokens in ids_keep go on. The encoder
         # puts its class token before them and sees nothing else, a quarter of all tokens. This line is where
@@ -206,16 +205,16 @@ class MAE(nn.Module):
             contrast = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
             prediction = prediction * contrast + patches.mean(dim=-1, keepdim=True)
         mask = mask[..., None]                                        # (B, N, 1)
-        visible = patches * (1 - mask)
-        filled = visible + prediction * mask
-        return unpatchify(visible, patch_size, size), unpatchify(filled, patch_size, size)
+        masked = patches * (1 - mask)
+        filled = masked + prediction * mask
+        return unpatchify(masked, patch_size, size), unpatchify(filled, patch_size, size)
 
 
 # ------------------------------------------------------------------------------------------------- training
 
 def prepare(args, run, train=None, val=None, **options):
     """→ the encoder of --init, or a new one, and the training and validation dataset. options: arguments of
-    ViT. Raises UserError if they do not fit together."""
+    ViT. Raises UserError if encoder and images do not fit."""
     encoder = None
     if args.init is not None:
         # The patch size is always the encoder's. So are size, mean and std of images, unless an option or the
@@ -228,8 +227,8 @@ def prepare(args, run, train=None, val=None, **options):
     train, val = prepare_data(args, run, train, val, opener)
     torch.manual_seed(args.seed)
     if encoder is None:
-        size = VITS[args.model] | dict(patch_size=args.patch)
-        encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size, **options)
+        vit_args = VITS[args.model] | dict(patch_size=args.patch)
+        encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args, **options)
     if encoder.in_chans != args.in_chans:
         raise UserError(f"the encoder takes {encoder.in_chans} channels, the images have {args.in_chans}")
     args.vit = encoder.config
@@ -253,12 +252,13 @@ def pretrain(args, train=None, val=None):
     `mae.pretrain(mae.parse(["--out", "runs/mine"]), train)`; size, mean and std are then taken from the data.
     """
     run = Run(args)
-    options = dict(num_classes=0, global_pool="token")                # of a classifier in --init no head
+    options = dict(num_classes=0, global_pool="token")                # drops a classifier's head
     encoder, train, val = prepare(args, run, train, val, **options)
     decoder = prepare_decoder(args, encoder)
     args.decoder = decoder.config
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
-    wrapped = run.wrap(model, args.mask_ratio)                        # on the device; compiled; DDP
+    # To the device; compiled; DDP. The mask ratio is given so that `wrap` counts FLOPs.
+    wrapped = run.wrap(model, args.mask_ratio)
     groups = decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
@@ -290,7 +290,7 @@ def pretrain(args, train=None, val=None):
         run.scaler.update()
         optimizer.zero_grad()
         run.log(lr=lr)
-        if val is not None and run.ends_epoch(step, cost=min(500, len(val))):
+        if val is not None and run.should_evaluate(step, cost=min(500, len(val))):
             run.log(val_loss=validation_loss(model, val, run))
 
     if run.rank == 0:
@@ -318,25 +318,25 @@ def draw(model, dataset, run, count=10):
     args = run.args
     ids = spread(len(dataset), count)
     images, _ = next(batches(dataset, [(ids, args.seed)], run))
-    visible, filled = model.eval().reconstruct(images, args.mask_ratio)
+    masked, filled = model.eval().reconstruct(images, args.mask_ratio)
     note = " (hidden patches with their true mean and contrast)" if model.norm_pixels else ""
     path = f"{args.out}/reconstruction.png"
     save_image_rows(path, {
         "image": to_pixels(images, args),
-        f"{1 - args.mask_ratio:.0%} visible": to_pixels(visible, args),
+        f"{1 - args.mask_ratio:.0%} visible": to_pixels(masked, args),
         "reconstruction" + note: to_pixels(filled, args),
     })
     run.print(f"images: {path}")
 
 
 # ==========================================================================================================
-# To read the method you can stop here. The rest judges an encoder, of ours or from anywhere: nearest
+# If you only want the method, stop here. The rest evaluates an encoder, ours or any other: nearest
 # neighbours, a linear probe, fine-tuning, segmentation.
 # ==========================================================================================================
 
 def labelled_ids(dataset, limit=None, seed=0, per_class=None):
-    """→ numbers (m,) of at most `limit` labelled images in random order; with per_class, at most so many of
-    each class, class by class. Raises UserError if there are fewer than two classes."""
+    """→ indices (m,) of at most `limit` labelled images in random order; with per_class, of at most that many
+    per class, class by class. Raises UserError if there are fewer than two classes."""
     labels = labels_of(dataset or []).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
@@ -376,7 +376,7 @@ def knn(features, labels, queries, num_classes, k=20, temperature=0.07):
     each with weight exp(cosine / temperature) [not in the paper]."""
     features = F.normalize(features).T                                # (D, M)
     votes = torch.zeros(len(queries), num_classes, device=queries.device)
-    # 250 queries at a time: a matrix of all Q × M cosines might not fit into memory.
+    # 250 queries at a time: all Q × M cosines might not fit into memory. `vote` is a view of `votes`.
     for part, vote in zip(F.normalize(queries).split(250), votes.split(250)):
         similarity, nearest = (part @ features).topk(min(k, len(labels)))  # (250, k)
         vote.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
@@ -395,7 +395,7 @@ def linear(features, labels, queries, num_classes, ridge=10.0):
     bias = targets.sum(dim=0) / (len(x) + ridge)
     penalty = ridge * torch.eye(x.shape[1])
     weights = torch.linalg.solve(x.T @ x + penalty, x.T @ targets)    # (D, K)
-    return (queries @ weights + bias).to(labels.device)
+    return (queries @ weights + bias).float().to(labels.device)
 
 
 def all_features(encoder, dataset, ids, run):
@@ -425,7 +425,7 @@ def report(encoder, train, val, run):
         val_ids = labelled_ids(val, args.limit or 3000)
         ids = labelled_ids(train, args.limit or 6000)
     except UserError:
-        return run.print("the data have no labels, or no validation images: the features are not judged")
+        return run.print("the data have no labels, or no validation images: the features are not evaluated")
     torch.manual_seed(args.seed)
     untrained = ViT(**encoder.config).to(run.device)
     after = feature_accuracy(linear, encoder, train, ids, val, val_ids, run)
@@ -448,9 +448,9 @@ def lars(optimizer, args, kwargs, trust=0.001):
 
 
 def layer_scale(name, depth, layer_decay):
-    """→ the part of the learning rate that a parameter gets in fine-tuning: layer_decay^(depth + 1 −
-    layer), so that early layers learn more slowly (appendix A.1). Layer 0 is the patch embedding and the
-    tokens, layer k+1 is block k."""
+    """→ the factor of a parameter's learning rate in fine-tuning: layer_decay^(depth + 1 − layer), so that
+    early layers learn more slowly (appendix A.1). Layer 0 is the patch embedding, class token and positions;
+    layer k+1 is block k."""
     layer = depth + 1
     if name.startswith("blocks."):
         layer = int(name.split(".")[1]) + 1
@@ -494,9 +494,11 @@ def plain_state(module):
     """→ a module's parameters. A probe's BatchNorm and linear layer become one linear layer, as every ViT has
     it."""
     state = module.state_dict()
-    names = [name for name in state if name.startswith("head.")]
-    if "head.1.weight" in names:
-        mean, variance, _, weight, bias = [state.pop(name) for name in names]
+    if "head.1.weight" in state:
+        # W (x − mean) / σ + b is linear in x: weight W / σ, bias b − W mean / σ.
+        mean, variance = state.pop("head.0.running_mean"), state.pop("head.0.running_var")
+        weight, bias = state.pop("head.1.weight"), state.pop("head.1.bias")
+        del state["head.0.num_batches_tracked"]
         state["head.weight"] = weight * (variance + 1e-6).rsqrt()
         state["head.bias"] = bias - state["head.weight"] @ mean
     return state
@@ -509,38 +511,42 @@ def evaluate(model, dataset, ids, run):
     and prediction, divided by the number that have it in either; the mean is over classes that occur in truth
     or prediction."""
     num_classes = len(run.args.classes)
-    segments = isinstance(model, Segmenter)
-    score = model.eval().forward                                      # not compiled for each batch size
-    transform, size, best = None, 100, min(5, num_classes)
-    if segments:
-        # It sees images as they are. Files differ in size then, and cannot form a batch.
-        score = model.predict
-        transform, best = v2.Identity(), 1
-        size = 100 if isinstance(dataset, Images) else 1
+    is_segmenter = isinstance(model, Segmenter)
+    # `.forward` skips torch.compile, which would compile anew for each batch size.
+    predict = model.eval().forward
+    transform, batch_size = None, 100
+    k = min(5, num_classes)
+    if is_segmenter:
+        # `predict` resizes images itself, so they are not cropped. Files differ in size and form no batch.
+        predict = model.predict
+        transform = v2.Identity()
+        batch_size = 100 if isinstance(dataset, Images) else 1
+        k = 1
 
     # Every process takes its part of the images, so that none is counted twice.
-    plan = in_parts(ids[run.rank::run.world], size)
+    plan = in_parts(ids[run.rank::run.world], batch_size)
     counts = torch.zeros(3, num_classes, dtype=torch.long, device=run.device)
-    in_five = counts.new_zeros(())
+    topk_correct = counts.new_zeros(())
     for images, labels in batches(dataset, plan, run, transform=transform):
         with run.autocast:
-            answers = score(images).topk(best, dim=1).indices         # (b, 5, …), the best first
-        in_five += (answers == labels[:, None]).sum()
+            predictions = predict(images).topk(k, dim=1).indices      # (b, k, …), the best first
+        topk_correct += (predictions == labels[:, None]).sum()
         known = labels >= 0
-        labels, answers = labels[known], answers[:, 0][known]
-        # How often is each class the truth, the answer, and both?
-        for row, classes in zip(counts, (labels, answers, labels[labels == answers])):
+        labels, predictions = labels[known], predictions[:, 0][known]
+        # How often is each class the truth, the prediction, and both?
+        hits = labels[labels == predictions]
+        for row, classes in zip(counts, (labels, predictions, hits)):
             row.index_add_(0, classes, torch.ones_like(classes))
     if run.world > 1:
         dist.all_reduce(counts)
-        dist.all_reduce(in_five)
-    truth, answered, right = counts
-    accuracy = right.sum() / truth.sum()
-    if not segments:
-        top5 = in_five / truth.sum()
+        dist.all_reduce(topk_correct)
+    truth, predicted, correct = counts
+    accuracy = correct.sum() / truth.sum()
+    if not is_segmenter:
+        top5 = topk_correct / truth.sum()
         return dict(top1=accuracy.item(), top5=top5.item())
-    union = truth + answered - right
-    iou = right / union.clamp(min=1)
+    union = truth + predicted - correct
+    iou = correct / union.clamp(min=1)
     mean = iou[union > 0].mean()
     return dict(mean_iou=mean.item(), pixel_accuracy=accuracy.item(), class_iou=iou.tolist())
 
@@ -597,7 +603,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
             with run.autocast:
                 losses = F.cross_entropy(
                     wrapped(images), labels, reduction="none", label_smoothing=args.label_smoothing)
-            # The mean over what has a label. In a map that may be nothing.
+            # The mean over what has a label in this micro-batch. A map may have no label.
             known = (labels != -100).float().mean()
             loss = losses.mean() / known.clamp(min=1e-9)
             run.scaler.scale(loss / run.accumulate).backward()
@@ -607,7 +613,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
         run.scaler.update()
         optimizer.zero_grad()
         run.log(lr=lr)
-        if run.ends_epoch(step, cost=len(val_ids)):
+        if run.should_evaluate(step, cost=len(val_ids)):
             result = evaluate(model, val, val_ids, run)
             model.train()
             # OUT/best.pt keeps the weights that do best on validation images, by the first of the results.
@@ -629,7 +635,7 @@ def classify(args, train=None, val=None):
     options = dict(global_pool=args.pool, drop_path_rate=args.drop_path)
     if args.eval or args.task == "knn":
         options = {}                                                  # the model stays as it is
-    # A ViT with one of three pasts: pre-trained, already a classifier (--eval), or new.
+    # The ViT is pre-trained, a classifier already (--eval), or new.
     model, train, val = prepare(args, run, train, val, **options)
     ids = labelled_ids(train, args.limit, args.seed, args.labels)
     val_ids = labelled_ids(val, args.limit)
@@ -641,14 +647,15 @@ def classify(args, train=None, val=None):
     num_classes = len(args.classes)
     make_classifier(args, model, num_classes)
 
-    # RandAugment: two random changes, each of them with probability 1/2. The paper's code knows two more,
-    # makes some of them stronger, and varies their strength; torchvision's are [not in the paper].
+    # RandAugment: two random operations, each applied with probability 1/2. The authors' code has two more,
+    # makes some stronger, and varies the magnitude; torchvision's are [not in the paper].
     augment, mixes = None, []
     if args.randaugment:
-        colour = [round(value) for value in args.mean]                # where a rotation leaves nothing
-        change = v2.RandAugment(1, args.randaugment, 11, v2.InterpolationMode.BICUBIC, colour)
-        perhaps = v2.RandomApply([change])
-        augment = v2.Compose([v2.ToPILImage(), perhaps, perhaps, v2.PILToTensor()])  # bicubic
+        colour = [round(value) for value in args.mean]                # for corners that a rotation empties
+        operation = v2.RandAugment(1, args.randaugment, 11, v2.InterpolationMode.BICUBIC, colour)
+        maybe = v2.RandomApply([operation])
+        # Through PIL, because torchvision rotates no tensor with bicubic interpolation.
+        augment = v2.Compose([v2.ToPILImage(), maybe, maybe, v2.PILToTensor()])
     if args.mixup:
         mixes.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
     if args.cutmix:
@@ -662,14 +669,14 @@ person pottedplant sheep sofa train tvmonitor"""
 
 @dataclass
 class Maps:
-    """Pairs (image file, file with the class of every pixel) as a dataset for segmentation. first: the
-    number in the files that means class 0. If it is 1, then 0 means that nobody knows the class, as 255
-    always does. Raises UserError for a file that cannot be read, a map of another size than its image, or a
-    label beyond the classes."""
+    """Pairs (image file, file with the class of every pixel) as a dataset for segmentation. first_label: the
+    value in the files that means class 0. If it is 1, then 0 means unknown, as 255 always does. Raises
+    UserError for an unreadable file, a map of another size than its image, or a label beyond the
+    classes."""
 
     pairs: list
     classes: list
-    first: int
+    first_label: int
     mean, std = ImageFolder.mean, ImageFolder.std
 
     def __len__(self):
@@ -683,11 +690,12 @@ class Maps:
         except Exception as error:                                    # Pillow raises a dozen kinds
             raise UserError(f"{path} or its map {map_path} cannot be read: {error}")
         fits = labels.dtype == torch.uint8 and labels.shape == image.shape[1:]
-        if not fits or (labels[labels < 255] >= self.first + len(self.classes)).any():
+        if not fits or (labels[labels < 255] >= self.first_label + len(self.classes)).any():
             raise UserError(
                 f"{map_path} is no grey 8-bit map in the size of its image, or has more than the "
                 f"{len(self.classes)} classes of the training maps")
-        return image, labels.where(labels == 255, labels - self.first)  # in uint8, 0 − 1 is 255: unknown
+        # In uint8, 0 − 1 is 255: unknown.
+        return image, labels.where(labels == 255, labels - self.first_label)
 
 
 def open_maps(args):
@@ -729,7 +737,7 @@ def open_maps(args):
 class Segmenter(nn.Module):
     """An encoder that gives every pixel a class: images (B, C, H, W) → scores (B, K, H, W). head "linear":
     the patch tokens of the last four blocks go through one 1×1 convolution, and the encoder is frozen.
-    "conv": two up-convolutions come before that one, and all but positions is fine-tuned."""
+    "conv": two up-convolutions come first, and everything but positions is fine-tuned."""
 
     def __init__(self, encoder, num_classes, head):
         super().__init__()
@@ -760,8 +768,8 @@ class Segmenter(nn.Module):
         H, W = [round(scale * side) for side in size]
         resized = F.interpolate(images, (H, W), mode="bicubic", antialias=True)
 
-        # As many windows as are needed to see everything, evenly spread: the first at the upper left corner,
-        # the last at the lower right.
+        # As few windows as cover everything, evenly spread: the first at the upper left corner, the last at
+        # the lower right.
         total = resized.new_zeros(len(images), self.head[-1].out_channels, H, W)
         count = total.new_zeros(H, W)
         for y in spread(H - h + 1, math.ceil(H / h)).tolist():
@@ -808,8 +816,8 @@ def segment(args, train=None, val=None):
     if run.rank:
         return
 
-    # Draw images, true classes and predicted classes. A class's colour is its number times a step for every
-    # channel that wraps around at 256, so neighbours look different.
+    # Draw images, true classes and predicted classes. The colour of class k is k times a step per channel,
+    # modulo 256, so classes look different.
     images, labels = next(batches(val, in_parts(spread(len(val), 8)), run))
     answers = model.eval().predict(images).argmax(dim=1)
     steps = (67 + 46 * torch.arange(args.in_chans))[:, None, None]
@@ -846,10 +854,11 @@ TASKS = {
 
 # Defaults by kind of data, task, --head, and model or width of the encoder; later rows override earlier ones.
 # "imagenet" is the paper's recipe (appendix A.1), but fine-tuning that of the authors' FINETUNE.md, which has
-# another rate, layer decay, drop path and erasing. Without --init it is used too; the paper trains from
-# scratch in another way, longer. The probe's batch norm sees 512 images, and its crops are torchvision's,
-# which draws anew what does not fit where the authors' code clips. "scenes" is for scenes and all small data
-# and takes minutes on a CPU [not in the paper]; `updates` is the number of steps, unless `epochs` is set.
+# another rate, layer decay, drop path and erasing. Training from scratch uses it too [not in the paper]; the
+# paper then trains longer, and in another way. The probe's BatchNorm sees 512 images, and its crops are
+# torchvision's: one that does not fit is drawn again [not in the paper]; the authors' code clips it. "scenes"
+# is for scenes and all small data and takes minutes on a CPU [not in the paper]; `updates` is the number of
+# steps, unless `epochs` is set.
 PRESETS = {
     "scenes": dict(
         model="nano",
@@ -890,7 +899,7 @@ PRESETS = {
 def preset(args, kind):
     """→ the defaults for a kind of data, and for the task and model in args."""
     task = args.task
-    data = kind.replace("small", "scenes")
+    data = kind.replace("small", "scenes")                            # small data use the rows of scenes
     classifies = task in ("probe", "finetune")
     width = None
     if data == "imagenet" and classifies and args.init is not None:   # the recipe depends on the encoder
@@ -906,40 +915,40 @@ def preset(args, kind):
     ):
         values |= PRESETS.get(row, {})
     if args.init is None:
-        values["layer_decay"] = 1.0                                   # from scratch all layers learn alike
+        values["layer_decay"] = 1.0                                   # from scratch: one rate for all layers
     if args.eval or task in ("knn", "reconstruct"):
         values["size"] = None                                         # that of the encoder
     if args.labels and classifies and data == "scenes":
         values |= dict(batch=20, updates=1000)
     if args.data and task == "segment":
-        values["crop"] = 0.25                                         # a crop of 1 never sees an image's ends
+        values["crop"] = 0.25                                         # 1 would never show an image's border
     return values
 
 
 def options():
     """→ mae.py's parser."""
-    parser = shared_options("Pre-trains a masked autoencoder, or judges an encoder (--task).")
+    parser = shared_options("Pre-trains a masked autoencoder, or evaluates an encoder (--task).")
     fraction = number(float, 0, 1)
     add = parser.add_argument_group("mae").add_argument
     add("--task", choices=TASKS, default="pretrain", help="what to do")
-    add("--mask-ratio", type=fraction, default=0.75, help="part of the patches that is hidden (paper: 0.75)")
+    add("--mask-ratio", type=fraction, default=0.75, help="fraction of patches to hide (paper: 0.75)")
     add("--masking", choices=MASKINGS, default="random", help="which patches are hidden (paper: random)")
     add("--norm-pixels", action=argparse.BooleanOptionalAction, help="normalise the targets (paper: yes)")
 
-    add = parser.add_argument_group("judging an encoder").add_argument
+    add = parser.add_argument_group("evaluating an encoder").add_argument
     add("--eval", action="store_true", help="only evaluate the classifier or segmenter in --init")
-    add("--labels", type=number(int, 1), help="train on so many images of each class; segment: in all")
+    add("--labels", type=number(int, 1), help="training images per class; segment: in total")
     add("--head", choices=("linear", "conv"), default="linear", help="segment: conv also trains the encoder")
     add("--train-blocks", type=number(int, 0), help="fine-tune only this many last blocks, norm and head")
     add("--pool", choices=("token", "avg"), default="avg", help="feature: class token or mean patch token")
-    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate / the next layer's (authors: 0.65)")
+    add("--layer-decay", type=fraction, default=1.0, help="learning rate / the next layer's (authors: 0.65)")
     add("--randaugment", type=number(int, 0, 10), default=0, help="strength; 0: without it (paper: 9)")
     for name, text in {
-        "--drop-path": "how often blocks are skipped (paper: 0.1)",
-        "--label-smoothing": "part of a target for all classes (paper: 0.1)",
+        "--drop-path": "probability to skip the last block (paper: 0.1)",
+        "--label-smoothing": "fraction of a target spread over all classes (paper: 0.1)",
         "--mixup": "alpha of mixup (paper: 0.8)",
         "--cutmix": "alpha of cutmix; with both, one at random (paper: 1.0)",
-        "--erasing": "how often a rectangle becomes noise (authors: 0.25)",
+        "--erasing": "probability that a rectangle becomes noise (authors: 0.25)",
     }.items():
         add(name, type=fraction, default=0.0, help=text)
     return parser

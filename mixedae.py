@@ -3,13 +3,13 @@ Kai Chen, Zhili Liu, Lanqing Hong, Hang Xu, Zhenguo Li, Dit-Yan Yeung, 2023, htt
 
 Mixing images helps supervised learning, so why not masked autoencoders? In MAE a hidden patch is simply gone.
 If a patch of another image takes its place, the encoder sees more than before, reconstruction gets easier,
-and the features get worse: that is naive mixing. The paper's cure is a second task, homologous recognition:
-find out which patches of the mixture come from the same image. Each image of a group gets a learned vector,
-its segment, that is added to all its tokens. In every attention layer a query sees only the keys most similar
-to it, so it had better choose keys of its own image, and a contrastive loss teaches it to. Then each image
-gets its tokens back, and MAE's decoder predicts its hidden patches. Four images fit into one sequence, so the
-encoder processes as many tokens as in MAE, in fewer and longer sequences. After pre-training it is a plain
-vision transformer.
+and the features get worse, says the paper: that is naive mixing. Its cure is a second task, homologous
+recognition: find out which patches of the mixture come from the same image. Each image of a group gets a
+learned vector, its segment, that is added to all its tokens. In every attention layer a query sees only the
+keys most similar to it, so it had better choose keys of its own image, and a contrastive loss teaches it to.
+Then each image gets its tokens back, and MAE's decoder predicts its hidden patches. Four images fit into one
+sequence, so the encoder processes as many tokens as in MAE, in fewer and longer sequences. After pre-training
+it is a plain vision transformer.
 
     4 images ──► a quarter of the ──► mixture ──► ENCODER ──┬──► un-mix ──► DECODER ──► loss on the hidden
     (B,C,H,W)    places each (B,n,D)  (B/4,N,D)  top K keys │    (B,1+n,D)  (B,N,P·P·C)   75 % of each image
@@ -21,28 +21,33 @@ vision transformer.
     torchrun --nproc_per_node=8 mixedae.py --data /imagenet     # MAE's recipe for ViT-B, as in the paper
     python mae.py --task probe --init runs/mixedae/last.pt      # what is the encoder worth? it is a plain ViT
 
-Measured on scenes, one thread of an AMD EPYC: seven and a half minutes beside other work. Seed 0: of the
-chosen keys 0.26, 0.49, 0.51 and 0.52 come from the same image, block by block, by chance 0.24. What follows
-was measured when the patch embedding summed in another order, which gave 0.26 0.47 0.59 0.48. A linear
-classifier (mae.linear) on the mean of the frozen patch tokens reaches, with seeds 0 and 1, 0.577 0.567; after
-as many steps MAE 0.613 (two threads) 0.533 and naive mixing 0.573 0.571. After half as many (--epochs 2,
-seeds 0, 1, 2): MAE 0.437 0.399 0.418, naive mixing 0.499 0.468 0.504, TopK alone 0.468 0.403 0.469, all of
-MixedAE 0.504 0.422 0.526, without the projection head 0.380 0.325 0.349. So on scenes naive mixing does no
-harm, early on it even helps, and nothing beats it clearly. Segments make recognition easy: the contrastive
-loss reaches its minimum, 2.72.
+Measured on scenes, one thread of an AMD EPYC, 7.5 minutes with other jobs running. Default run, seed 0: 0.26,
+0.49, 0.51 and 0.52 of the chosen keys come from the same image, block by block (chance: 0.24). Accuracy of a
+linear classifier (mae.linear) on the frozen mean patch token, seeds from 0 on, measured when the patch
+embedding summed in another order:
+
+                                5,000 steps              2,500 steps (--epochs 2)
+    MAE                         0.629 0.533 0.586        0.437 0.399 0.418
+    naive mixing                0.573 0.571              0.499 0.468 0.504
+    TopK alone                                           0.468 0.403 0.469
+    MixedAE                     0.577 0.567              0.504 0.422 0.526
+    without projection head                              0.380 0.325 0.349
+
+So on scenes naive mixing does no harm, early on it even helps, and nothing beats it clearly. Segments make
+recognition easy: the contrastive loss reaches its minimum, 2.72.
 
 Details that matter
 1. One random order of the places is cut into as many parts as a group has images: each place has one owner.
 2. Tokens are mixed, not pixels, after positions are added [not in the paper]. For whole patches it is the
    same, and a token keeps the position that it has in its image.
-3. K, the number of keys that a query sees, is the number of patches an image shows [from memory]. Each head
-   of every block chooses for itself [from memory]. Keys that tie with the K-th are seen too [not in the
-   paper]. The choice has no gradient, so it is learned slowly.
-4. The class token sees every token and is seen by every one. It is not one of the K keys [not in the paper].
+3. K, the number of keys that a query sees, is n, the visible patches of one image [from memory]. Each head
+   of every block chooses for itself [from memory]. Ties with the K-th key are included [not in the paper].
+   The choice has no gradient, so it is learned only indirectly.
+4. The class token attends to all tokens, and all attend to it. It is none of the K keys [not in the paper].
 5. Homologous attention has the parameters of plain attention, so the checkpoint holds a plain ViT, to be used
    with full attention.
-6. Segments are 0 on average over a group and start small, so that the encoder misses little when they are
-   gone after pre-training [not in the paper]. The decoder gets none of its own [not in the paper].
+6. Segments have mean 0 over a group and start small, so that the encoder hardly misses them after
+   pre-training [not in the paper]. The decoder has none [not in the paper].
 7. For decoding, all images of a group get the one class token of their mixture [not in the paper].
 8. Temperature 0.25, weight 0.1 and mix ratio 0.25 are [from memory]. The contrastive loss reads the encoder's
    output through a projection head of two layers, which is thrown away [not in the paper]. Without it, the
@@ -66,14 +71,14 @@ from torch import nn
 
 def divide_places(noise, members, visible, turns=1):
     """noise (G, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N), as in MAE, for B = turns·G·M images:
-    each of the M images of a group owns n = `visible` of the N places. Rows are in the order turn, group,
+    each of the M = `members` images of a group owns n = `visible` of the N places. Row order: turn, group,
     member.
 
     In every further turn each image takes over the places of the next one. After M turns it has owned every
-    place once: --mixing full, as we read it [not in the paper].
+    place once: --mixing full [from memory].
     """
-    # One random order of the places for each group. Member m owns the m-th part of it (detail 1). Counted
-    # from the start of that part, modulo N, the rank of a place is what MAE calls ids_restore.
+    # Rank the places of each group at random. Member m owns ranks m·n to (m+1)·n − 1 (detail 1). Subtracting
+    # m·n, modulo N, moves them to the front: that is MAE's ids_restore. Turn t shifts by t·n more.
     rank = noise.argsort().argsort()[:, None]                               # (G, 1, N)
     member = torch.arange(members, device=noise.device)[:, None]            # (M, 1)
     turned = [rank - visible * (member + turn) for turn in range(turns)]
@@ -109,7 +114,8 @@ class HomologousAttention(Attention):
 
     def choose(self, q, k):
         """Queries and keys (B, H, 1+N, D/H) → bool (B, H, 1+N, 1+N), true where a query sees a key."""
-        # The K highest scores of each query, among patches (detail 3): all that are not below the K-th.
+        # Each query sees the keys of its K highest scores among patches, with ties (detail 3). Dividing by √d
+        # would change nothing.
         scores = (q @ k.mT)[..., 1:, 1:]                                    # (B, H, N, N)
         seen = scores >= scores.topk(self.top_k, sorted=False).values.amin(-1, True)
 
@@ -139,6 +145,7 @@ def contrastive_loss(tokens, visible, temperature=0.25):
         similarity = tokens @ tokens.mT / temperature                       # (G, N, N)
     positive, different = homologous_pairs(similarity, visible)
     log_probability = similarity.masked_fill(~different, -torch.inf).log_softmax(dim=-1)
+    # Every token has n − 1 positives, so one division takes both means.
     return -log_probability.masked_fill(~positive, 0).sum() / (len(tokens) * positive.sum())
 
 
@@ -202,7 +209,7 @@ class MixedAE(nn.Module):
         # All tokens of an image get its segment: without it, only what patches look like could tell images
         # apart. Then the images of a group become one sequence, member after member.
         tokens = tokens.unflatten(0, (-1, self.members))                    # (G, M, n, D)
-        for vectors in self.segments.values():                              # (M, 1, D)
+        for vectors in self.segments.values():                              # (M, 1, D), or none at all
             tokens = tokens + vectors - vectors.mean(dim=0)
 
         # The encoder runs once for M images. Inside, each query chooses its keys (HomologousAttention).
@@ -215,7 +222,7 @@ class MixedAE(nn.Module):
         unmixed = torch.cat([class_tokens, patches], dim=1)                 # (B, 1+n, D)
         prediction = self.decoder(unmixed, ids_restore)                     # (B, N, P·P·C)
 
-        # Two losses: MAE's, and one that asks for tokens of one image to be alike.
+        # L = L_rec + λ · L_hom: MAE's loss, and one that makes tokens of one image alike.
         values = dict(
             reconstruction_loss=self.loss(images, prediction, mask),
             contrastive_loss=contrastive_loss(self.projector(latent[:, 1:]), self.visible),
@@ -246,8 +253,8 @@ def pretrain(args, train=None, val=None):
             f"--batch: micro-batches of {run.micro_batch} images do not divide into groups of {members}")
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
-    size = VITS[args.model] | dict(patch_size=args.patch)
-    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **size)
+    vit_args = VITS[args.model] | dict(patch_size=args.patch)
+    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
     if args.init:                                                           # the decoder always starts anew
         encoder = load_encoder(
             args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
@@ -262,7 +269,8 @@ def pretrain(args, train=None, val=None):
         args.segments,
         args.homologous_attention,
         args.contrastive_weight)
-    wrapped = run.wrap(model, None)                                         # on the device; compiled; DDP
+    # To the device; compiled; DDP. None is `noise`, given so that `wrap` counts FLOPs.
+    wrapped = run.wrap(model, None)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     ids = spread(len(train), args.limit)
@@ -308,7 +316,7 @@ def draw(model, dataset, run):
     attention = encoder.blocks[-1].attn
     inputs = []                                                             # of the last attention
     attention.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
-    # Far apart, as folders are sorted by class.
+    # Far apart: folders are sorted by class, and neighbours look alike.
     ids = torch.arange(model.members) * ((len(dataset) - 1) // model.members)
     images, _ = next(batches(dataset, [(ids, run.args.seed)], run))
     noise = torch.rand(1, model.places, device=run.device)
@@ -316,12 +324,12 @@ def draw(model, dataset, run):
     _, prediction, mask, _ = model.forward(images, noise)
 
     patches = patchify(images, encoder.patch_size)                          # (M, N, P·P·C)
-    visible = 1 - mask[..., None]                                           # (M, N, 1)
-    mixture = (patches * visible).sum(dim=0)                                # (N, P·P·C)
-    rows = {"image": patches, "its places in the mixture": mixture * (0.2 + 0.8 * visible)}
+    owned = 1 - mask[..., None]                                             # (M, N, 1)
+    mixture = (patches * owned).sum(dim=0)                                  # (N, P·P·C)
+    rows = {"image": patches, "its places in the mixture": mixture * (0.2 + 0.8 * owned)}
 
-    # The first token of each image is the query. Attention is in the sequence's order; bring it into the
-    # image's.
+    # The first token of each image is the query: row 1 + m·n. `order` brings keys from the sequence's order
+    # into the image's.
     order = divide_places(noise, model.members, model.visible)[0].flatten().argsort()
     weights = attention.weights(inputs[0])                                  # (1, H, 1+N, 1+N)
     seen = attention.choose(*attention.project(inputs[0])[:2])
@@ -330,7 +338,7 @@ def draw(model, dataset, run):
         light = F.normalize(light, torch.inf)                               # 1 where it is highest
         rows[f"attention of one of its patches, {title}"] = mixture * light[..., None]
 
-    rows["reconstruction"] = patches * visible + prediction * (1 - visible)
+    rows["reconstruction"] = patches * owned + prediction * (1 - owned)
     save_image_rows(f"{run.args.out}/mixture.png", {
         title: to_pixels(unpatchify(row, encoder.patch_size, encoder.img_size), run.args)
         for title, row in rows.items()})
@@ -371,7 +379,7 @@ def options():
     add("--mixing", choices=("compose", "full"), default="compose",
         help="an image owns one part of the places, or every part once, for 1 / ratio times the work")
     add("--mix-ratio", type=float, choices=(0.5, 0.25, 0.125), default=0.25,
-        help="part of the places that an image owns; 1 / ratio images are mixed (paper: 0.25 [from memory])")
+        help="fraction of places an image owns; 1 / ratio images are mixed (paper: 0.25 [from memory])")
     add("--segments", action=switch, default=True, help="add a vector to all tokens of an image (paper: yes)")
     add("--homologous-attention", action=switch, default=True,
         help="a query sees only the keys most similar to it (paper: yes)")

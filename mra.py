@@ -4,10 +4,10 @@ Haohang Xu, Shuangrui Ding, Xiaopeng Zhang, Hongkai Xiong, Qi Tian, 2022, https:
 Augmentations made by hand are mild: a flip, a crop. Here a small masked autoencoder, trained once without
 labels, makes stronger ones. It hides a part of a training image and predicts the hidden pixels from the
 rest; the classifier is trained on the result. What to hide is decided by the autoencoder's attention: the
-patches that its class token attends to least. So the object stays, and with it the label. What takes the
-place of hidden patches is no new background. The decoder is deterministic and was trained on squared error,
-so it paints the mean of all that could be there: a blurred version of the same background. The classifier
-then cannot rely on details of the background.
+patches that its class token attends to least. So the object should stay, and with it the label. What takes
+the place of hidden patches is no new background. The decoder is deterministic and was trained on squared
+error, so it paints the mean of all that could be there: a blurred version of the same background. The
+classifier then cannot rely on details of the background.
 
     images ──┬──► ENCODER, all patches ──► attention ──► hide the least ──┐       visible: as they were
     (B,C,H,W)│    frozen, 4 blocks         (B,N)         attended 40 %    │                  │
@@ -21,17 +21,22 @@ then cannot rely on details of the background.
     python mra.py --task semi                 # few labels, many images; also --task fewshot
     torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
-Measured with the first command, seed 0, one thread of an AMD EPYC: a classifier trained without MRA has an
-accuracy of 0.944 and gives the true class a probability of 0.901. With 40 % of every image painted, it has
-0.923 and 0.865 (low), 0.691 and 0.622 (random), 0.285 and 0.245 (high). So the class stays if what is
-attended to stays. low leaves 0.89 of the objects visible, random 0.59, high 0.20. But one map for all images
-would leave 0.93 (detail 7).
+Measured with the first command, seed 0, one thread of an AMD EPYC: a classifier trained without MRA, on
+images with 40 % of the patches painted.
 
-Training on painted images did not help. CIFAR-10, 25 labels a class, a classifier that over-fits, seeds 3, 4
-and 5: 0.399 0.402 0.392 without MRA, 0.388 0.394 0.379 with --augment mra --apply 0.5. Where a mark on the
-background misleads (scenes, seeds 0, 1 and 2), it has 0.824 0.692 0.773 without MRA, 0.735 0.607 0.588 with
-it, and 0.878 0.828 0.841 if the true object takes the place of attention. So the idea holds, but attention of
-so small an augmentor does not find objects reliably. notebooks/mra.ipynb has the commands.
+    patches hidden                         none     low      random   high
+    accuracy                               0.944    0.923    0.691    0.285
+    probability of the true class          0.901    0.865    0.622    0.245
+    part of the objects left visible       1        0.89     0.59     0.20
+
+So the class survives if the patches that are attended to most stay. But one map for all images would leave
+0.93 of the objects visible (detail 7).
+
+Training on painted images did not help. CIFAR-10, 25 labels per class, a classifier that over-fits, seeds 3,
+4 and 5: 0.399 0.402 0.392 without MRA, 0.388 0.394 0.379 with --augment mra --apply 0.5. Scenes with a mark
+on the background that misleads, seeds 0, 1 and 2: 0.824 0.692 0.773 without MRA, 0.735 0.607 0.588 with it,
+0.878 0.828 0.841 with the true object in place of attention. So the idea holds, but the attention of so small
+an augmentor does not find objects reliably. notebooks/mra.ipynb says what was run.
 
 Details that matter
  1. The augmentor predicts pixels as they are, not normalised: its output is an image [not in the paper].
@@ -125,9 +130,9 @@ class MRA(nn.Module):
     """The augmentation: images (B, C, H, W) → images (B, C, H, W) with hidden patches painted. It is
     frozen, and no gradient passes through it.
 
-    mask_strategy: which patches are hidden; mask_ratio: which part of them; apply: the probability that
-    an image is augmented at all. mean, std (C,): how incoming images are normalised, in pixel values 0 …
-    255. [0, 0, 0] and [255, 255, 255] mean images of 0 … 1; left out: as in the augmentor's training.
+    mask_strategy: which patches are hidden; mask_ratio: what fraction of all; apply: the probability that an
+    image is augmented. mean, std (C,): the normalisation of incoming images, in pixel values 0 … 255; by
+    default that of the augmentor's training. For images of 0 … 1: [0, 0, 0] and [255, 255, 255].
     Raises UserError for images of another size than the augmentor's.
     """
 
@@ -170,7 +175,7 @@ class MRA(nn.Module):
         return encoder.attention_map(self.renormalise(images)).mean(1)
 
     def per_pixel(self, values):
-        """(B, N), one value a patch → (B, 1, H, W), one a pixel."""
+        """(B, N), one value per patch → (B, 1, H, W), one per pixel."""
         encoder = self.autoencoder.encoder
         return F.interpolate(values.unflatten(1, (1, *encoder.grid)), encoder.img_size)
 
@@ -190,8 +195,8 @@ class MRA(nn.Module):
         noise = STRATEGIES[self.mask_strategy](self.attention(images))  # (B, N)
         painted, hidden = self.paint(images, noise, self.mask_ratio)  # (B, C, H, W), (B, 1, H, W)
 
-        # Take the painted pixels where patches were hidden (detail 3), in the part of the images that `apply`
-        # says: one random number an image decides.
+        # Take the painted pixels where patches were hidden (detail 3), in images drawn with the probability
+        # `apply`.
         hidden &= torch.rand_like(images[:, :1, :1, :1]) < self.probability
         return torch.where(hidden, painted, images)
 
@@ -252,8 +257,8 @@ def pretrain(args, train=None, val=None):
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
-    size = VITS[args.model] | dict(img_size=args.size, patch_size=args.patch, in_chans=args.in_chans)
-    encoder = ViT(**size)
+    vit_args = VITS[args.model] | dict(patch_size=args.patch)
+    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
     # Half as wide as the encoder, and of two blocks [not in the paper].
     decoder = Decoder(encoder, encoder.embed_dim // 2, 2, encoder.num_heads)
     args.vit, args.decoder = encoder.config, decoder.config
@@ -265,7 +270,8 @@ def pretrain(args, train=None, val=None):
     run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)  # detail 6
     for _ in run.steps():
-        # As MAE does, the autoencoder hides 75 % of the patches at random. Its loss comes first of three.
+        # As MAE does, the autoencoder hides 75 % of the patches at random [from memory]. Its loss comes first
+        # of three.
         train_step(run, wrapped, optimizer, loader, lambda images, labels: wrapped(images)[0])
     if run.rank == 0:
         draw(MRA.load(f"{args.out}/last.pt").to(run.device), val or train, run)
@@ -279,7 +285,7 @@ def draw(mra, dataset, run):
     path = f"{args.out}/augmentation.png"
     images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
-    brightness = mra.per_pixel(attention / attention.amax(1, keepdim=True))
+    brightness = mra.per_pixel(attention / attention.amax(1, True))
     rows = {"image": images, "attention: the image fades where it is low": images * brightness}
 
     # One map for all images knows where objects mostly are. Attention has to do better (detail 7).
@@ -300,7 +306,7 @@ def draw(mra, dataset, run):
     run.print(f"images: {path}")
     if kept:
         run.write_log(step=run.step, object_kept=kept)
-        low, random, _, mean_map, *_ = kept.values()
+        low, random, _, mean_map, _ = kept.values()
         if low < random + 0.02:
             run.print("attention finds the objects no better than chance, so MRA hides them, too: train the "
                       "augmentor longer, or with another --seed")
@@ -308,10 +314,10 @@ def draw(mra, dataset, run):
             run.print("attention finds the objects, but one map for all images would keep more of them")
 
 
-def run_first(function, args, folder, train, val, **changes):
-    """Calls a training function on OUT/folder, with some options changed → what it returns. An interrupted
-    run goes on, and a whole one is only evaluated again; with --overwrite alone it begins anew."""
-    options = argparse.Namespace(**(vars(args) | changes))
+def run_in_folder(function, args, folder, train, val, **overrides):
+    """Calls a training function in OUT/folder, with some options replaced → what it returns. An interrupted
+    run resumes, a finished one is only evaluated again; --overwrite without --resume starts over."""
+    options = argparse.Namespace(**(vars(args) | overrides))
     options.out = f"{args.out}/{folder}"
     options.resume = os.path.exists(f"{options.out}/last.pt") and (args.resume or not args.overwrite)
     options.overwrite = True
@@ -326,7 +332,7 @@ def make_augmentor(args, run, train, val):
     if args.augmentor is None:
         run.print(f"the augmentor comes first, in {args.out}/augmentor")
         run.clear("args.json")                                        # an older run in OUT ends here
-        run_first(pretrain, args, "augmentor", train, val, **args.light)
+        run_in_folder(pretrain, args, "augmentor", train, val, **args.light)
         args.augmentor = f"{args.out}/augmentor/last.pt"
     mra = MRA.load(
         args.augmentor,
@@ -342,11 +348,11 @@ def make_augmentor(args, run, train, val):
 # ------------------------------------------------------------------------------------ training a classifier
 
 def labelled_ids(dataset, classes, limit=None, labels=None, imbalance=1):
-    """→ numbers (m,) of images, class after class, at random within each: of the first `classes` classes all
+    """→ indices (m,) of images, class by class, at random within each: of the first `classes` classes all
     images among `limit`, or exactly `labels` of each, or a long tail. Raises UserError if there are too few,
     or no labels."""
     targets = labels_of(dataset or [])
-    if (targets < 1).all():
+    if (targets < 1).all():                                           # −1: unknown; class 0 alone is no task
         raise UserError("this needs folders train/CLASS and val/CLASS, or a torchvision name; "
                         "without labels there is --task augmentor")
     candidates = spread(len(targets), limit)
@@ -394,7 +400,7 @@ def augment(args, mra, images, labels=None):
     return images, labels
 
 
-UNLABELLED = 7                                       # FixMatch: images without a label for each labelled one
+UNLABELLED_RATIO = 7                                 # FixMatch's μ: unlabelled images per labelled one
 
 
 def fixmatch_loss(weak, strong, threshold=0.95):
@@ -435,7 +441,7 @@ def classify(args, train=None, val=None):
     torch.manual_seed(args.seed)
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
-    # On scenes, MRA is judged in any case.
+    # On scenes, MRA is always evaluated.
     needed = "mra" in args.augment or args.augmentor or not args.data
     mra = make_augmentor(args, run, train, val) if needed else None
     rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
@@ -447,16 +453,16 @@ def classify(args, train=None, val=None):
     wrapped = run.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
 
-    # A step sees --batch labelled images. FixMatch adds UNLABELLED times as many without labels, in two
-    # views. The strong view has another seed, so it is another crop (detail 8). With or without RandAugment,
-    # each image of it has its own.
+    # A step sees --batch labelled images. FixMatch adds UNLABELLED_RATIO times as many without labels, in two
+    # views. The strong view has another seed, so it is another crop (detail 8). `v2.Identity()`, like
+    # RandAugment, makes `batches` crop images one by one, not eight alike.
     all_ids = spread(len(train), args.limit)
     run.start(
-        len(all_ids) // UNLABELLED if semi else len(ids),
+        len(all_ids) // UNLABELLED_RATIO if semi else len(ids),
         classifier=average, model=model, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True, augment=None if semi else rand_augment)
-    strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, UNLABELLED))
-    weak_loader = batches(train, training_plan(all_ids, run, UNLABELLED), run, train=True)
+    strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, UNLABELLED_RATIO))
+    weak_loader = batches(train, training_plan(all_ids, run, UNLABELLED_RATIO), run, train=True)
     strong_loader = batches(train, strong_plan, run, train=True, augment=rand_augment or v2.Identity())
 
     def loss_of(images, labels):
@@ -478,7 +484,7 @@ def classify(args, train=None, val=None):
         train_step(run, wrapped, optimizer, loader, loss_of)
         if semi:
             update_average(average, model, args.ema)
-        if run.ends_epoch(step, cost=len(val_ids)):
+        if run.should_evaluate(step, cost=len(val_ids)):
             result, _ = evaluate(average, val, val_ids, run)
             run.log(top1=result["top1"])
             model.train()
@@ -495,30 +501,31 @@ def classify(args, train=None, val=None):
             if run.rank == 0:
                 draw(mra, val, run)
             mra.probability = 1.0
-            for mra.mask_strategy in STRATEGIES:
+            for strategy in STRATEGIES:
+                mra.mask_strategy = strategy
                 painted, _ = evaluate(average, val, val_ids, run, mra.forward)
-                result |= {f"{name}_painted_{mra.mask_strategy}": value for name, value in painted.items()}
+                result |= {f"{name}_painted_{strategy}": value for name, value in painted.items()}
     if args.baseline and "mra" in args.augment:
         # FixMatch needs a strong view: without MRA it is RandAugment's, as in the original.
         rest = [name for name in args.augment if name != "mra"] or ["randaugment" if semi else "none"]
-        result["top1_without_mra"] = run_first(classify, args, "baseline", train, val, augment=rest)
+        result["top1_without_mra"] = run_in_folder(classify, args, "baseline", train, val, augment=rest)
     run.print(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:")
-    run.print("    " + ", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    run.print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
     run.write_log(step=run.step, task=args.task, **result)
     return result["top1"]
 
 
-# ------------------------------------------------------------------------------------- judging a classifier
+# ---------------------------------------------------------------------------------- evaluating a classifier
 
 @torch.no_grad()
-def evaluate(model, dataset, ids, run, change=lambda images: images):
-    """A classifier, and a change of images before it → accuracy "top1" and "confidence" (mean probability of
-    the true class), and the accuracy of each class (K,), over all images and processes."""
+def evaluate(model, dataset, ids, run, transform=lambda images: images):
+    """A classifier, and a transform of its images → accuracy "top1" and "confidence" (mean probability of the
+    true class), and the accuracy of each class (K,), over all images and processes."""
     model.eval()
     totals = torch.zeros(3, run.args.num_classes, device=run.device)
     for images, labels in batches(dataset, [(part, 0) for part in ids[run.rank::run.world].split(250)], run):
         with run.autocast:
-            probability = model.forward(change(images)).float().softmax(1)  # (b, K)
+            probability = model.forward(transform(images)).float().softmax(1)  # (b, K)
         correct = probability.argmax(1) == labels
         confidence = probability.gather(1, labels[:, None])[:, 0]
         totals.index_add_(1, labels, torch.stack([correct, confidence, torch.ones_like(confidence)]))
@@ -532,8 +539,8 @@ WAYS = 5                                              # classes of an episode, a
 
 
 def episodes(labels, ways, shots, queries=15, count=600):
-    """labels (M,) → support (E, ways, shots) and query (E, ways, queries): image numbers of `count` small
-    tasks, in each of which no image comes twice. Raises UserError if there are too few classes or
+    """labels (M,) → support (E, ways, shots) and query (E, ways, queries): image indices of `count` small
+    tasks. No image comes twice in a task. Raises UserError if there are too few classes or
     images."""
     members = (labels == labels.unique()[:, None]).float()            # (K, M), 1 where image m is of class k
     if len(members) < ways or members.sum(1).min() < shots + queries:
@@ -610,14 +617,15 @@ def occlusion(args, train=None, val=None):
         model = new_classifier(args).to(run.device)
         model.load_state_dict(saved["classifier"])
         mra = make_augmentor(args, run, train, val)
-        for mra.mask_strategy in STRATEGIES:
+        for strategy in STRATEGIES:
+            mra.mask_strategy = strategy
             curve = []
             for tenth in range(10):
                 mra.mask_ratio = tenth / 10
                 result, _ = evaluate(model, val, val_ids, run, mra.drop)
                 curve.append(round(result["top1"], 4))
-            run.print(f"{path}, {mra.mask_strategy}, 0 … 90 % dropped: {curve}")
-            run.write_log(task=args.task, compare=path, strategy=mra.mask_strategy, accuracy=curve)
+            run.print(f"{path}, {strategy}, 0 … 90 % dropped: {curve}")
+            run.write_log(task=args.task, compare=path, strategy=strategy, accuracy=curve)
 
 
 TASKS = {
@@ -631,8 +639,9 @@ TASKS = {
 # --------------------------------------------------------------------------------------------- command line
 
 # Defaults by kind of data and task. A row with a task overrides the one without; small data take the rows of
-# scenes, then their own. The classifier of "imagenet" is the paper's [from memory], all else is [not in the
-# paper]. `updates` is a number of steps, `ema` the part of FixMatch's averaged weights that a step keeps.
+# scenes, then their own. For "imagenet" the classifier is the paper's, its training is [from memory], and the
+# augmentor has MAE's recipe for 200 epochs [not in the paper], as all else. `updates` is a number of steps,
+# `ema` the part of FixMatch's averaged weights that a step keeps.
 PRESETS = {
     "scenes": dict(
         model="nano", crop=0.5,
@@ -671,7 +680,7 @@ def options():
     add = parser.add_argument_group("mra").add_argument
     add("--task", choices=TASKS, default="supervised", help="what to do")
     add("--mask-ratio", type=fraction, default=0.4,
-        help="part of the patches that is painted (paper: 0.4 [from memory])")
+        help="fraction of patches to paint (paper: 0.4 [from memory])")
     add("--mask-strategy", choices=STRATEGIES, default="low",
         help="hide patches of low or high attention, or any (paper: low)")
     add("--apply", type=fraction, default=1.0, help="probability that an image is augmented")

@@ -379,7 +379,7 @@ def test_fixmatchs_views_are_other_crops_of_the_same_images(augmentor, tmp_path,
         return real(dataset, (seen.append(part) or part for part in plan), run, **options)
 
     monkeypatch.setattr(mra, "batches", spy)
-    monkeypatch.setattr(mra, "UNLABELLED", 3)
+    monkeypatch.setattr(mra, "UNLABELLED_RATIO", 3)
     words = "--task semi --labels 2 --batch 2 --epochs 1 --augmentor".split()
     mra.main([*SHORT, *words, augmentor, "--out", f"{tmp_path}/run"])
     labelled, weak, strong = plans[:3]
