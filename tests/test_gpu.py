@@ -111,7 +111,10 @@ def test_every_task_runs_in_every_precision(command, precision, root, tmp_path):
     start(command, tmp_path / "run", root, "--precision", precision, "--no-compile")
 
 
-@pytest.mark.parametrize("command", [*DEFAULTS, FINETUNE, SEGMENT, "mae --checkpoint-blocks", "mixedae --checkpoint-blocks"])
+@pytest.mark.parametrize(
+    "command",
+    [*DEFAULTS, FINETUNE, SEGMENT, "mae --checkpoint-blocks", "mixedae --checkpoint-blocks"],
+)
 def test_runs_compile(command, root, tmp_path):
     # A function that is compiled for the ninth time would run uncompiled from then on, with a mere warning.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

@@ -249,6 +249,23 @@ def test_segments_are_not_decayed():
     assert decay == 0
 
 
+@pytest.mark.parametrize("flags", [[], ["--checkpoint-blocks"]])
+def test_a_training_step_compiles_to_one_graph(flags, tmp_path):
+    images, found = draw_images(8), []
+    for compiled in (False, True):
+        model = tiny()
+        run = ["--no-compile", "--out", str(tmp_path / "run"), *RUN, *flags]
+        args = common.parse_args(mixedae.options(), "mixedae", lambda args, kind: mixedae.MINUTES, run)
+        common.Run(args).wrap(model)
+        if compiled:
+            model.compile(fullgraph=True, backend="aot_eager")
+        torch.manual_seed(1)
+        loss, _, _, values = model(images)
+        loss.backward()
+        found.append([values["topk_accuracy"], *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*found)
+
+
 # ------------------------------------------------------------------------------------------------------- runs
 
 @pytest.fixture(scope="module")
