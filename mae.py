@@ -65,7 +65,7 @@ from PIL import Image
 from torch import distributed as dist
 from torch import nn
 from torchvision.datasets import OxfordIIITPet, VOCSegmentation
-from torchvision.transforms import v2
+from torchvision.transforms import RandomErasing, v2
 
 # -------------------------------------------------------------------------------------------------- masking
 # A kind of masking gives every patch a number. The n patches with the lowest numbers stay visible, so all
@@ -560,6 +560,15 @@ def finish(run, result):
     run.write_log(step=run.step, task=run.args.task, **result)
 
 
+def erase(images, probability):
+    """Random erasing: in some of the images (b, C, H, W) a rectangle becomes noise, in place."""
+    for image in images:
+        if torch.rand(()) < probability:
+            # v2.RandomErasing would draw the noise on the CPU, and the GPU would have to wait for it.
+            y, x, h, w, _ = RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])
+            image[:, y:y + h, x:x + w].normal_()
+
+
 def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
     """Trains whatever requires gradients, on the images `ids`, and evaluates on val_ids: the loop of probe,
     fine-tuning and segmentation. parts: the modules that checkpoints hold. With --eval nothing is trained,
@@ -581,7 +590,6 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
     if args.eval:
         args.epochs, ids = 0, ids[:0]                                 # the loop below has no step
     run.start(len(ids), **parts, optimizer=optimizer, scaler=run.scaler)
-    erase = v2.RandomErasing(args.erasing, value="random")
     loader = batches(train, training_plan(ids, run), run, train=True, augment=augment)
     result = None
     for step in run.steps():
@@ -596,7 +604,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
             # Random changes, by default only in ImageNet's fine-tuning: a part of an image becomes noise; two
             # images and their labels are mixed, or a piece of one replaces the other's.
             if args.erasing:
-                images = torch.stack([erase(image) for image in images])
+                erase(images, args.erasing)
             if mixes:                                                 # labels become (b, K)
                 images, labels = v2.RandomChoice(mixes)(images, labels)
             wrapped.require_backward_grad_sync = i == run.accumulate - 1

@@ -29,7 +29,7 @@ SCRIPTS = {"mae": mae, "automae": automae, "mixedae": mixedae, "mra": mra}
 # automae.py and mra.py train another model first, a prior and an augmentor.
 DEFAULTS = ["mae", "mixedae", "automae", "mra --labels 5 --batch 10 --augment mra"]
 # Other tasks begin with checkpoints in the folder {root}.
-FINETUNE = "mae --task finetune --init {root}/mae/last.pt --drop-path 0.1 --mixup 0.8"
+FINETUNE = "mae --task finetune --init {root}/mae/last.pt --drop-path 0.1 --mixup 0.8 --erasing 0.5"
 SEGMENT = "mae --task segment --init {root}/mae/last.pt --head conv"
 AUGMENTOR = " --augmentor {root}/augmentor/last.pt"
 TASKS = [
