@@ -92,12 +92,9 @@ def sincos_positions(dim, grid):
     # Each half holds sin(place · f), then cos(place · f), for dim/4 frequencies f from 1 down to about
     # 1/10000. Nearby places differ in the fast waves, distant ones in the slow waves.
     frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    row, column = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).T
-    waves = []
-    for place in (column, row):
-        angles = place[:, None] * frequencies                         # (N, dim/4)
-        waves += [angles.sin(), angles.cos()]
-    return torch.cat(waves, dim=1).float()
+    places = torch.cartesian_prod(*map(torch.arange, grid)).flip(1)   # (N, 2): column, row
+    angles = places[..., None] * frequencies                          # (N, 2, dim/4)
+    return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1).float()
 
 
 def gather_tokens(tokens, ids):
@@ -153,8 +150,7 @@ class Attention(nn.Module):
         """x (B, T, D) → (B, heads, T, T): how much each token attends to each other one. Every row sums to
         1. For looking at attention; `forward` never computes it."""
         q, k, _ = self.project(x)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        return scores.softmax(dim=-1)
+        return (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
 class Block(nn.Module):
@@ -432,21 +428,19 @@ def fill(module, state, path, optional=()):
     wanted = module.state_dict()
     fitting = {name: tensor for name, tensor in state.items()
                if name in wanted and tensor.shape == wanted[name].shape}
-    missing = sorted(wanted.keys() - fitting)
+    missing, _ = module.load_state_dict(fitting, strict=False)
     if not all(name.startswith(optional) for name in missing):
         raise UserError(f"{path} does not fit this model: missing or of another shape are {missing[:4]}")
-    module.load_state_dict(fitting, strict=False)
     unused = sorted(state.keys() - fitting)
     notes = f"; starting anew: {missing}" if missing else ""
     notes += f"; not used here: {unused[:4]}" if unused else ""
     print(f"loaded {len(fitting)} tensors from {path}{notes}", flush=True)
 
 
-def load_encoder(path, **overrides):
+def load_encoder(path, img_size=None, **overrides):
     """→ a ViT built from what a file holds: a checkpoint of this project, of MAE's release (pre-trained or
     fine-tuned), of timm or of Hugging Face (ViTMAE, ViT). Any argument of `ViT` can be given instead; for
-    another img_size the positions are resized; None counts as not given. A fine-tuned file gives the whole
-    classifier, head included.
+    another img_size the positions are resized. A fine-tuned file gives the whole classifier, head included.
 
     The ViT also has `classes` (names), `mean` and `std` (of its images, in pixel values 0 … 255) and
     `norm_pixels` (whether its decoder predicts normalised patches), or None where the file does not say.
@@ -460,10 +454,10 @@ def load_encoder(path, **overrides):
     # the number of heads, and whether a grid is oblong.
     embed_dim, in_chans, patch_size, _ = state["patch_embed.proj.weight"].shape
     saved = args.get("vit", {})
-    grid = stored_grid(state["pos_embed"], patch_size, saved.get("img_size"), overrides.get("img_size"))
+    grid = stored_grid(state["pos_embed"], patch_size, saved.get("img_size"), img_size)
     usual_heads = {size["embed_dim"]: size["num_heads"] for size in VITS.values()}
     config = dict(
-        img_size=[side * patch_size for side in grid],
+        img_size=img_size or [side * patch_size for side in grid],
         patch_size=patch_size,
         in_chans=in_chans,
         num_classes=len(state.get("head.weight", ())),
@@ -472,8 +466,7 @@ def load_encoder(path, **overrides):
         num_heads=saved.get("num_heads") or usual_heads.get(embed_dim, math.ceil(embed_dim / 64)),
         global_pool="avg" if "fc_norm.weight" in state else "token",
     )
-    given = {name: value for name, value in overrides.items() if value is not None}
-    encoder = ViT(**(config | given))
+    encoder = ViT(**(config | overrides))
     # DINOv2's layer scale, register tokens and the like: without them the features would be wrong.
     other = [name for name in state if name.startswith(("blocks.0.", "reg"))
              and name not in encoder.state_dict()]
@@ -661,13 +654,17 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
 
     def __init__(self, root, classes=None):
         self.classes = classes
-        super().__init__(root, read_image, is_valid_file=is_image, allow_empty=True)
-        known = {path for path, _ in self.samples}
-        skipped = Counter(os.path.splitext(name)[1] for folder, _, names in os.walk(root, followlinks=True)
-                          for name in names if os.path.join(folder, name) not in known)
-        print(f"{len(self)} images in {root}; files skipped: {dict(skipped)}", flush=True)
+        self.skipped = Counter()
+        super().__init__(root, read_image, is_valid_file=self.keep, allow_empty=True)
+        print(f"{len(self)} images in {root}; files skipped: {dict(self.skipped)}", flush=True)
         if not self.samples:
             raise UserError(f"there is no image in {root} or below it")
+
+    def keep(self, path):
+        """→ whether a file is an image. Counts the endings of those that are not."""
+        if is_image(path):
+            return True
+        self.skipped[os.path.splitext(path)[1]] += 1
 
     def find_classes(self, root):
         """→ classes (names), and the number of each sub-folder: torchvision asks for them."""
@@ -784,15 +781,13 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
         if mean is None or std is None:
             ids = spread(len(train), 500).tolist()
             pixels = [center_crop(train[i][0], args.size).flatten(1).float() for i in ids]
-            pixels = torch.cat(pixels, dim=1)                         # (C, all pixels)
-            mean = pixels.mean(dim=1).tolist()
-            std = pixels.std(dim=1).clamp(min=1).tolist()             # a channel may be the same everywhere
+            std, mean = torch.std_mean(torch.cat(pixels, dim=1), dim=1)  # of (C, all pixels)
+            std = std.clamp(min=1)                                    # a channel may be the same everywhere
         args.mean = args.mean or [float(value) for value in mean]     # of a list, array or tensor
         args.std = args.std or [float(value) for value in std]
-    for numbers in (args.mean, args.std):
-        if len(numbers) != args.in_chans:
-            raise UserError(
-                f"the images have {args.in_chans} channels; --mean, --std or --init is for {len(numbers)}")
+    if not len(args.mean) == len(args.std) == args.in_chans:
+        raise UserError(f"the images have {args.in_chans} channels; --mean, --std or --init is for "
+                        f"{len(args.mean)} and {len(args.std)}")
 
     # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
     # of a small model. Maps (np.ndim(label) > 0) are not.
@@ -812,7 +807,7 @@ def in_memory(dataset, run):
     # Copies: what comes from a worker process keeps a file open, and there may be thousands of parts.
     parts = [(images.clone(), labels.clone()) for images, labels in parts]
     images, labels = map(torch.cat, zip(*parts))
-    return Images(images, labels, getattr(dataset, "classes", range(labels.max() + 1)))
+    return Images(images, labels, getattr(dataset, "classes", []))
 
 
 def spread(count, limit=None):
@@ -847,6 +842,11 @@ def training_plan(ids, run, times=1):
             yield order[positions % len(ids)], seed_for(run.args.seed, epoch, index)
 
 
+def to_bytes(image):
+    """Numbers around 0 to 255 → uint8. What is outside must not wrap around."""
+    return image.clamp(0, 255).byte()
+
+
 def view_transform(args, train, augment=None):
     """→ what is done to an image, and to the map that may come with it: a random crop and flip for training,
     then `augment`; for evaluation the centre."""
@@ -864,8 +864,7 @@ def view_transform(args, train, augment=None):
     steps = [crop, v2.RandomHorizontalFlip(0.5 * args.flip)]
     if augment:
         # 16-bit files come as floats, and interpolation may have left 0 to 255.
-        clip = v2.Lambda(functools.partial(torch.clamp, min=0, max=255), tv_tensors.Image)
-        steps += [clip, v2.ToDtype(torch.uint8), augment]
+        steps += [v2.Lambda(to_bytes, tv_tensors.Image), augment]
     return v2.Compose(steps)
 
 
@@ -885,32 +884,29 @@ def center_crop(image, size):
 def apply_transform(transform, images, labels):
     """→ images and labels after a transform. Labels that are maps (…, H, W) are cropped and flipped with
     their images, and never interpolated; labels that are numbers stay as they are."""
-    if np.ndim(labels) > 1:
+    labels = torch.as_tensor(labels)
+    if labels.ndim > 1:
         labels = tv_tensors.Mask(labels)
     return transform(tv_tensors.Image(images), labels)
 
 
 class View(Dataset):
-    """A dataset seen through a transform: view[i, seed] → image (C, H, W), label, seed. Random numbers
-    depend on the seed and on i alone, whichever worker process reads the image."""
+    """A dataset seen through a transform: view[ids, seed] → images (b, C, H, W), labels (b,), seed. Random
+    numbers for an image depend on the seed and its number alone, whichever worker process reads it. Images
+    of 8 bits, uint8, and of 16, float32, make one batch of float32."""
 
     def __init__(self, dataset, transform):
         self.dataset = dataset
         self.transform = transform
 
     def __getitem__(self, key):
-        i, seed = key
-        image, label = self.dataset[i]
-        torch.default_generator.manual_seed(seed_for(seed, i))     # as torch.manual_seed, without the GPUs
-        image, label = apply_transform(self.transform, image, label)
-        return image, torch.as_tensor(label), seed
-
-
-def collate(samples):
-    """Samples of a `View` → images (b, C, H, W), labels (b,), the first seed. Images of 8 bits, uint8, and of
-    16, float32, make one batch of float32."""
-    images, labels, seeds = zip(*samples)
-    return torch.stack(images), torch.stack(labels), seeds[0]
+        ids, seed = key
+        samples = []
+        for i in ids:
+            torch.default_generator.manual_seed(seed_for(seed, i))    # as torch.manual_seed, without the GPUs
+            samples.append(apply_transform(self.transform, *self.dataset[i]))
+        images, labels = map(torch.stack, zip(*samples))
+        return images, labels, seed
 
 
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}  # not on Windows
@@ -938,8 +934,8 @@ def file_batches(dataset, plan, run, transform):
     one."""
     loader = DataLoader(
         View(dataset, transform),
-        batch_sampler=([(i, seed) for i in ids.tolist()] for ids, seed in plan),
-        collate_fn=collate,
+        sampler=((ids.tolist(), seed) for ids, seed in plan),
+        batch_size=None,                                              # one item of the view is a batch
         num_workers=run.args.workers,
         worker_init_fn=ignore_signals,
         pin_memory=run.device.type == "cuda",                         # so that a copy need not be waited for
@@ -958,7 +954,7 @@ def memory_batches(dataset, plan, run, transform):
         ids = ids.to(run.device, non_blocking=run.device.type == "cuda")
         eights = zip(images[ids].split(8), targets[ids].split(8))
         parts = [apply_transform(transform, *eight) for eight in eights]
-        yield [torch.cat(part) for part in zip(*parts)]
+        yield map(torch.cat, zip(*parts))
 
 
 def batches(dataset, plan, run, train=False, augment=None, transform=None):
@@ -987,7 +983,7 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
 def to_pixels(images, args):
     """Normalised images (B, C, H, W) → uint8, on the CPU."""
     mean, std = torch.tensor([args.mean, args.std])[..., None, None]
-    return (images.float().cpu() * std + mean).round().clamp(0, 255).byte()
+    return to_bytes((images.float().cpu() * std + mean).round())
 
 
 def save_image_rows(path, rows):
@@ -1045,6 +1041,11 @@ def matrix_rate(device, dtype):
     return 10 * 2 * len(a) ** 3 / seconds
 
 
+def holds_run(folder):
+    """→ whether a run has begun in a folder, or a model lies there."""
+    return any(os.path.exists(f"{folder}/{name}") for name in ("args.json", "last.pt", "best.pt"))
+
+
 class Run:
     """What a training loop needs around it: device, processes, precision, output folder, log, checkpoints.
     The loop stays the script's. Raises UserError if the options do not fit the machine or each other, or if
@@ -1053,8 +1054,7 @@ class Run:
     def __init__(self, args):
         self.args = args
         # Nothing is lost to a forgotten --out: refuse at once.
-        begun = any(os.path.exists(f"{args.out}/{name}") for name in ("args.json", "last.pt", "best.pt"))
-        if begun and not args.resume and not args.overwrite:
+        if holds_run(args.out) and not args.resume and not args.overwrite:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
                 f"--overwrite replaces it")
@@ -1446,8 +1446,7 @@ def parse_args(parser, script, preset, arguments=None):
     # The values that are not given on the command line. Without args.json this run has not begun: AutoMAE
     # and MRA first train something in a folder inside OUT, and that run resumes by itself.
     folder = pathlib.Path(out)
-    begun = any((folder / name).exists() for name in ("args.json", "last.pt", "best.pt"))
-    resume = args.resume and (begun or not folder.exists())
+    resume = args.resume and (holds_run(out) or not folder.exists())
     if resume:
         values = read_checkpoint(f"{out}/last.pt")["args"]
     else:

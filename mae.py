@@ -74,7 +74,7 @@ from torchvision.transforms import RandomErasing, v2
 def random_noise(batch, grid, device):
     """→ (B, N): every patch is as likely to be hidden as any other (section 3). The paper's choice and best
     (table 1f)."""
-    return torch.rand(batch, grid[0] * grid[1], device=device)
+    return torch.rand(batch, math.prod(grid), device=device)
 
 
 def grid_noise(batch, grid, device):
@@ -235,16 +235,6 @@ def prepare(args, run, train=None, val=None, **options):
     return encoder, train, val
 
 
-def prepare_decoder(args, encoder):
-    """→ the decoder of --init, or a new one if there is none."""
-    if args.init is not None:
-        try:
-            return load_decoder(args.init, encoder)
-        except UserError as error:
-            print(f"the decoder starts anew: {error}", flush=True)
-    return Decoder(encoder, **args.decoder)
-
-
 def pretrain(args, train=None, val=None):
     """Pre-trains a masked autoencoder. args: from `parse`. train, val: datasets of your own, instead of
     --data. Each needs __len__ and __getitem__(i) → (uint8 tensor (C, H, W), label): any number of channels,
@@ -254,7 +244,12 @@ def pretrain(args, train=None, val=None):
     run = Run(args)
     options = dict(num_classes=0, global_pool="token")                # drops a classifier's head
     encoder, train, val = prepare(args, run, train, val, **options)
-    decoder = prepare_decoder(args, encoder)
+    decoder = Decoder(encoder, **args.decoder)
+    if args.init is not None:
+        try:
+            decoder = load_decoder(args.init, encoder)
+        except UserError as error:
+            run.print(f"the decoder starts anew: {error}")
     args.decoder = decoder.config
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
     # To the device; compiled; DDP. The mask ratio is given so that `wrap` counts FLOPs.
@@ -405,7 +400,7 @@ def all_features(encoder, dataset, ids, run):
     for images, labels in batches(dataset, in_parts(ids), run):
         with run.autocast:
             parts.append((extract_features(encoder, images, run.args.pool), labels))
-    return [torch.cat(part) for part in zip(*parts)]
+    return map(torch.cat, zip(*parts))
 
 
 def feature_accuracy(classifier, encoder, train, ids, val, val_ids, run):

@@ -634,7 +634,8 @@ def test_no_position_among_very_many_images_is_rounded():
 
 
 def test_an_augmentation_for_8_bits_gets_8_bits_without_wrapping_around(tmp_path):
-    args = options(tmp_path, "--size", 16, "--crop", 0.5)
+    args = options(tmp_path, "--crop", 0.5)
+    args.size = (16, 16)
     image = torch.zeros(3, 40, 40)
     image[..., 20:] = 255.0                                           # interpolation overshoots beside it
     seen = []
