@@ -28,7 +28,7 @@ Measured with seeds 0 to 3, one thread of an AMD EPYC (seed 3: two), in the last
 The mean map only knows where objects tend to lie. So with seed 0 the look at the single image helps; with the
 others nearly all that the generator learns is where objects tend to lie. This depends on the prior: with seed
 0 one head attends 13 times as much to objects as to background, with seeds 1 and 2 no head more than 2.1
-times. (Seeds 1 to 3 are from before the patch embedding's order of summation changed; seed 0 then had 6.0.)
+times. (All but seed 0's three numbers are from before the patch embedding's order of summation changed.)
 
 Features do not get better: a linear classifier on the mean patch token reaches 0.42, 0.40 and 0.43, with
 random masks (--masking random) 0.44, 0.40 and 0.42, with true boxes 0.21, 0.21 and 0.21, no better than

@@ -320,7 +320,7 @@ class Decoder(nn.Module):
         return self.decoder_pred(x[:, 1:])                            # (B, N, P·P·C)
 
 
-# --------------------------------------------------------------------------------------- weights in and out
+# ------------------------------------------------------------------------------------------ loading weights
 
 # Every file is brought to timm's names first. The model is then built with the sizes that its tensors have,
 # and the tensors are copied into it.
@@ -669,8 +669,11 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
     def find_classes(self, root):
         """→ classes (names), and the number of each sub-folder: torchvision asks for them."""
         folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        if len(folders) < 2 or any(map(is_image, os.scandir(root))):
+        files = [entry.path for entry in os.scandir(root) if entry.is_file()]
+        if len(folders) < 2 or any(map(is_image, files)):
             return [], {"": -1}                                       # all below root itself, with label −1
+        for path in files:
+            self.keep(path)
         classes = self.classes or folders
         unknown = set(folders) - set(classes)
         if unknown:
@@ -762,7 +765,7 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     args.in_chans = len(image)
 
     # Without --size, images keep their size, rounded down to whole patches. Those of --data may differ in
-    # size: they become squares of at most 224 pixels, without a GPU 64.
+    # size: they become squares of at most 224 pixels, without CUDA 64.
     sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
         sides = to_pair(min(*sides, 224 if run.device.type == "cuda" else 64))

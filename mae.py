@@ -29,8 +29,8 @@ Details that matter
  3. The encoder never sees a mask token. With them it is three times as slow, and worse: 84.2 instead of
     84.9 % (table 1c).
  4. The loss is the mean over hidden patches only. Visible ones are easy to copy and teach nothing.
- 5. The target is each patch normalised by its own mean and unbiased variance + 1e-6 (table 1d). The small
-    presets predict plain pixels [not in the paper].
+ 5. The target is each patch normalised by its own mean and variance (table 1d); as in MAE's code the variance
+    is unbiased, plus 1e-6. The small presets predict plain pixels [not in the paper].
  6. The peak learning rate is --lr × batch / 256: 2.4e-3 for the paper's batch of 4096. Weight decay spares
     biases, norms, class token and mask token [not in the paper].
  7. LayerNorm's eps is 1e-6, as in MAE's code and timm. PyTorch's default is 1e-5.
@@ -561,7 +561,8 @@ def erase(images, probability):
         if torch.rand(()) < probability:
             # v2.RandomErasing would draw the noise on the CPU, and the GPU would have to wait for it.
             y, x, h, w, _ = RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])
-            image[:, y:y + h, x:x + w].normal_()
+            if h < image.shape[1]:                                    # else no rectangle fitted in ten tries
+                image[:, y:y + h, x:x + w].normal_()
 
 
 def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):

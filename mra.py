@@ -306,7 +306,7 @@ def draw(mra, dataset, run):
     run.print(f"images: {path}")
     if kept:
         run.write_log(step=run.step, object_kept=kept)
-        low, random, _, mean_map, _ = kept.values()
+        low, random, _, mean_map, *_ = kept.values()
         if low < random + 0.02:
             run.print("attention finds the objects no better than chance, so MRA hides them, too: train the "
                       "augmentor longer, or with another --seed")

@@ -768,8 +768,11 @@ def test_folders_of_many_kinds_and_modes_are_read_and_what_is_skipped_is_counted
     assert "'.json': 1" in capsys.readouterr().out
 
 
-def test_skipped_files_are_counted_once(tmp_path, capsys):
-    write_image(tmp_path / "a.png")
+@pytest.mark.parametrize("images", [["a.png"], ["a/1.png", "b/2.png"]])
+def test_skipped_files_are_counted_once(images, tmp_path, capsys):
+    for name in images:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("text")
     opened(tmp_path / "out", "--data", tmp_path)
     assert "files skipped: {'.txt': 1}" in capsys.readouterr().out

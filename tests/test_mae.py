@@ -764,6 +764,16 @@ def test_the_papers_augmentations_run(data, folder, trained, tmp_path, cli):
     assert math.isfinite(log_of(tmp_path)[0]["loss"]) and "top1" in log_of(tmp_path)[0]
 
 
+def test_random_erasing_leaves_an_image_without_room_as_it_is():
+    torch.manual_seed(0)
+    images = torch.zeros(300, 3, 16, 224)                             # one rectangle in ten fits nowhere
+    mae.erase(images, 0.5)
+    parts = (images[:, 0] != 0).float().mean(dim=(1, 2))              # of an image
+    assert 0.35 < (parts > 0).float().mean() < 0.55 and parts.max() < 0.4
+    noise = images[images != 0]
+    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
+
+
 def test_neighbours_and_reconstruction_are_tasks_too(trained, tmp_path, cli):
     exact = judge("knn", tmp_path / "knn", f"{trained}/last.pt")["top1"]
     halved = judge("knn", tmp_path / "bf16", f"{trained}/last.pt", "--precision", "bf16")["top1"]
