@@ -355,7 +355,7 @@ def test_attention_that_does_not_find_the_objects_is_said(attends_to, says, augm
     for message in ("no better than chance", "one map for all images"):
         assert (message in output) == (message == says)
     kept = log_of(tmp_path)[-1]["object_kept"]
-    args.mask_ratio = 0.8                                                     # as in the last row of the image
+    args.mask_ratio = 0.8                                                     # as in the last row
     mra.draw(mra.MRA.load(augmentor), common.Scenes(250, 16), common.Run(args))
     assert (kept["low, 40%"] > 0.9) == (attends_to == "objects") and abs(kept["random, 40%"] - 9 / 16) < 0.05
 
