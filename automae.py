@@ -16,7 +16,7 @@ counts; it is a plain vision transformer.
        └──► MAE hides patches by score = random noise + 0.5 · highlighted ──► loss on hidden patches
 
     python automae.py                                           # scenes drawn here: minutes on a CPU
-    python automae.py --data fashion-mnist                      # a torchvision dataset
+    python automae.py --data fashion-mnist --out runs/fashion   # a torchvision dataset
     torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt    # the paper's recipe
     python mae.py --task probe --init runs/automae/last.pt      # what is the encoder worth?
 

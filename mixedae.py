@@ -16,8 +16,8 @@ it is a plain vision transformer.
                                                             └──► of one image or not? contrastive loss
 
     python mixedae.py                                           # scenes drawn here: minutes on a CPU
-    python mixedae.py --data fashion-mnist --size 32            # a torchvision dataset, in 64 patches
-    python mixedae.py --no-segments --no-homologous-attention --contrastive-weight 0        # naive mixing
+    python mixedae.py --data fashion-mnist --size 32 --out runs/fashion    # torchvision's, in 64 patches
+    python mixedae.py --no-segments --no-homologous-attention --contrastive-weight 0 --out runs/naive
     torchrun --nproc_per_node=8 mixedae.py --data /imagenet     # MAE's recipe for ViT-B, as in the paper
     python mae.py --task probe --init runs/mixedae/last.pt      # what is the encoder worth? it is a plain ViT
 

@@ -15,9 +15,9 @@ classifier then cannot rely on details of the background.
                   (B,N,D)                   (B,n,D)         (B,1+n,D)  (B,N,P·P·C)   (B,C,H,W)
 
     python mra.py                             # scenes: what MRA does to images, and does the class stay?
-    python mra.py --augment mra --baseline    # a classifier trained with MRA, and one without
-    python mra.py --data fashion-mnist --labels 50 --augment mra cutmix      # both, one after the other
-    python mra.py --labels 1000 --imbalance 100 --augment mra    # a long tail
+    python mra.py --augment mra --baseline --out runs/two    # a classifier trained with MRA, and one without
+    python mra.py --data fashion-mnist --labels 50 --augment mra cutmix --out runs/fashion     # both
+    python mra.py --labels 1000 --imbalance 100 --augment mra --out runs/tail    # a long tail
     python mra.py --task semi                 # few labels, many images; also --task fewshot
     torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
