@@ -542,8 +542,7 @@ WAYS = 5                                              # classes of an episode, a
 
 def episodes(labels, ways, shots, queries=15, count=600):
     """labels (M,) → support (E, ways, shots) and query (E, ways, queries): image indices of `count` small
-    tasks. No image comes twice in a task. Raises UserError if there are too few classes or
-    images."""
+    tasks. No image comes twice in a task. Raises UserError if there are too few classes or images."""
     members = (labels == labels.unique()[:, None]).float()            # (K, M), 1 where image m is of class k
     if len(members) < ways or members.sum(1).min() < shots + queries:
         raise UserError(f"{len(members)} classes held out are too few or too small for episodes of {ways} "
