@@ -162,6 +162,9 @@ def test_a_new_vit_has_the_papers_initialisation():
     vit = ViT(img_size=32, patch_size=8, embed_dim=96, depth=1, num_heads=4)
     bound = math.sqrt(6 / (8 * 8 * 3 + 96))  # the projection seen as a linear layer
     assert 0.98 * bound < vit.patch_embed["proj"].weight.abs().max() <= bound
+    for layer, fans in ((vit.blocks[0].attn.qkv, 4 * 96), (vit.blocks[0].mlp.fc1, 5 * 96)):
+        bound = math.sqrt(6 / fans)
+        assert 0.98 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
     assert 0.01 < vit.cls_token.std() < 0.03 and not vit.patch_embed["proj"].bias.any()
     assert not vit.pos_embed.requires_grad and not vit.pos_embed[:, 0].any()
     close(vit.pos_embed[0, 1:], sincos_positions(96, (4, 4)))
@@ -186,7 +189,7 @@ def test_drop_path_drops_whole_images_more_in_deeper_blocks_and_never_in_evaluat
     assert change.mean().item() == pytest.approx(1, abs=0.1)
 
 
-def test_exports_have_a_free_batch_size(tmp_path):
+def test_exports_have_a_free_batch_size():
     vit = shake(ViT(**TINY))
     decoder = shake(Decoder(vit, embed_dim=16, depth=1, num_heads=2))
     images, more = torch.randn(2, 3, 24, 24), torch.randn(5, 3, 24, 24)
@@ -642,10 +645,35 @@ def test_an_augmentation_for_8_bits_gets_8_bits_without_wrapping_around(tmp_path
     transform = common.view_transform(args, train=True, augment=lambda image: seen.append(image) or image)
     for _ in range(20):
         transform(common.tv_tensors.Image(image))
-    assert all(view.dtype == torch.uint8 for view in seen)
+    assert len(seen) == 20 and all(view.dtype == torch.uint8 for view in seen)
     for view in seen:
         low = view.float().mean(dim=(0, 1)).diff()
         assert (low >= -9).all() or (low <= 9).all()                  # from dark to bright or, flipped, back
+
+
+@pytest.mark.parametrize("sides, size, patch", [
+    ((28, 28), (28, 28), 4),
+    ((64, 64), (64, 64), 8),
+    ((98, 163), (96, 160), 8),
+    ((240, 325), (240, 320), 16),
+])
+def test_size_and_patch_follow_from_the_images(sides, size, patch, tmp_path):
+    run, *_ = opened(tmp_path, train=Own(torch.zeros(2, 3, *sides).byte()))
+    assert (run.args.size, run.args.patch) == (size, patch)
+
+
+@pytest.mark.parametrize("images", [
+    torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3).byte(), torch.zeros(2, 8, 8).byte()])
+def test_images_of_another_layout_or_range_are_refused(images, tmp_path):
+    with pytest.raises(UserError):
+        opened(tmp_path, train=Own(images))
+
+
+def test_a_folder_of_broken_images_is_refused(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(UserError):
+        opened(tmp_path / "out", "--data", tmp_path)
 
 
 LARGE = ["--size", 112]  # images of 96 pixels or less are read into memory at the start
@@ -664,6 +692,12 @@ def test_a_scene_depends_on_seed_and_number_alone_and_its_mask_shows_the_object(
     for image, mask in zip(scenes.images.float(), scenes.masks):
         assert 0.05 < mask.float().mean() < 0.5
         assert (image[:, mask].mean() - image[:, ~mask].mean()).abs() > 30
+
+
+def test_validation_scenes_are_no_training_scenes(tmp_path):
+    _, train, val = opened(tmp_path, "--size", 32, "--limit", 50)
+    assert len(train) == len(val) == 50
+    assert not (train.images[:, None] == val.images).flatten(2).all(dim=2).any()
 
 
 COLUMN, ROW = torch.arange(64).expand(64, 64), torch.arange(64)[:, None].expand(64, 64)
@@ -745,7 +779,7 @@ def test_images_are_normalised_by_mean_and_std_and_to_pixels_goes_back(tmp_path)
         opened(tmp_path, "--mean", 1, 2, 3, "--std", 3, 4, 5, train=data)
 
 
-def test_folders_of_many_kinds_and_modes_are_read_and_what_is_skipped_is_counted(tmp_path, capsys):
+def test_folders_of_many_kinds_and_modes_are_read_and_what_is_skipped_is_counted(tmp_path):
     kinds = {
         "a.png": "RGBA",
         "b.jpg": "CMYK",
@@ -765,17 +799,17 @@ def test_folders_of_many_kinds_and_modes_are_read_and_what_is_skipped_is_counted
         image.shape == (3, 24, 20) and image.dtype == torch.uint8 for image, _ in (train[i] for i in range(7))
     )
     close(train[2][0].float(), torch.tensor([100.0, 0, 0])[:, None, None].expand(3, 24, 20))
-    assert "'.json': 1" in capsys.readouterr().out
+    assert train.skipped == {".txt": 2, ".json": 1}
 
 
 @pytest.mark.parametrize("images", [["a.png"], ["a/1.png", "b/2.png"]])
-def test_skipped_files_are_counted_once(images, tmp_path, capsys):
+def test_skipped_files_are_counted_once(images, tmp_path):
     for name in images:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write_image(tmp_path / name)
     (tmp_path / "notes.txt").write_text("text")
-    opened(tmp_path / "out", "--data", tmp_path)
-    assert "files skipped: {'.txt': 1}" in capsys.readouterr().out
+    _, train, _ = opened(tmp_path / "out", "--data", tmp_path, *LARGE)
+    assert train.skipped == {".txt": 1}
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -943,6 +977,18 @@ def test_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
     assert learning_rate(0, 2.0, 0, 5) == 2.0 and learning_rate(0, 2.0, 0.4, 5) == 2.0
 
 
+def test_epochs_warm_up_and_evaluations_follow_from_the_number_of_steps(tmp_path):
+    run = run_of(tmp_path)
+    run.args.epochs, run.args.updates, run.args.warmup = None, 20, None
+    run.start(50)  # 6 steps of 8, two images left over
+    assert (run.args.epochs, run.total_steps) == (4, 24) and run.warmup_steps == pytest.approx(2.4)
+    assert [step for step in range(24) if run.should_evaluate(step, cost=48)] == [5, 11, 17, 23]
+    assert [step for step in range(24) if run.should_evaluate(step, cost=130)] == [17, 23]  # every third
+    run.args.warmup, run.args.overwrite = 40, True
+    run.start(50)
+    assert run.warmup_steps == pytest.approx(24 / 5)
+
+
 def test_every_weight_matrix_is_decayed_and_nothing_else():
     vit = ViT(**TINY | dict(num_classes=3)).requires_grad_(True)      # as in fine-tuning: positions, too
     vit.decoder = Decoder(vit, embed_dim=16, depth=1, num_heads=2)
@@ -1000,15 +1046,6 @@ def test_a_checkpoint_alone_is_resumed_with_its_options(tmp_path):
     assert run.step == 1 and (tmp_path / "copy" / "last.pt").exists()
 
 
-@pytest.mark.parametrize("learns", [True, False])
-def test_a_frozen_model_does_not_decide_the_precision_of_training(learns, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    run = run_of(tmp_path)
-    run.wrap(torch.nn.Linear(2048, 2048).requires_grad_(learns))
-    with run.autocast:
-        assert torch.is_autocast_enabled("cpu") == learns
-
-
 def test_of_two_runs_that_start_at_once_one_is_refused(tmp_path):
     one, other = run_of(tmp_path), run_of(tmp_path)
     one.start()
@@ -1038,11 +1075,10 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(break_disk, tmp_path
     before = (tmp_path / "last.pt").read_bytes()
     mend = break_disk(monkeypatch)
     try:
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError):
             run.save("last.pt", weights=torch.zeros(100_000))
     finally:
         mend()
-    assert break_disk is too_large or "No space" in str(error.value)
     assert (tmp_path / "last.pt").read_bytes() == before
     assert torch.equal(common.read_checkpoint(str(tmp_path / "last.pt"))["weights"], torch.ones(3))
 
@@ -1094,13 +1130,6 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
     assert kinds == ["small", "imagenet", "small", "small"]
 
 
-def test_numbers_out_of_range_are_refused():
-    with pytest.raises(SystemExit):
-        options("out", "--batch", 0)
-    with pytest.raises(SystemExit):
-        options("out", "--crop", 1.5)
-
-
 @pytest.mark.parametrize("size", [(16, 16), (16, 32)])
 def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size):
     images = (torch.rand(20, 3, *size) * 255).byte()
@@ -1115,17 +1144,18 @@ def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size
         assert (same | mirrored).all() and same.any() and mirrored.any()
 
 
-@pytest.mark.parametrize("width, precision, supported, wanted", [
-    (256, [], True, torch.bfloat16),
-    (256, [], False, torch.float32),
-    (256, ["--precision", "fp32"], True, torch.float32),
-    (64, [], True, torch.float32),
+@pytest.mark.parametrize("width, precision, supported, learns, wanted", [
+    (256, [], True, True, torch.bfloat16),
+    (256, [], False, True, torch.float32),
+    (256, [], True, False, torch.float32),  # a frozen model does not decide how others are trained
+    (256, ["--precision", "fp32"], True, True, torch.float32),
+    (64, [], True, True, torch.float32),
 ])
 def test_large_models_compute_in_bf16_where_a_processor_can(
-        width, precision, supported, wanted, tmp_path, monkeypatch):
+        width, precision, supported, learns, wanted, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
     run = Run(options(tmp_path, *precision))
-    vit = run.wrap(ViT(32, 8, embed_dim=width, depth=6, num_heads=4))
+    vit = run.wrap(ViT(32, 8, embed_dim=width, depth=6, num_heads=4).requires_grad_(learns))
     with run.autocast:
         assert vit.blocks[0].mlp.fc1(torch.zeros(1, width)).dtype == wanted
 

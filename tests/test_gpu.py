@@ -218,7 +218,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(command, flag, root, tmp_path
 
 
 @pytest.mark.parametrize("command", [*DEFAULTS, "mae --compile --checkpoint-blocks"])
-def test_ddp_averages_over_nccl(command, root, tmp_path, monkeypatch):
+def test_ddp_runs_over_nccl(command, root, tmp_path, monkeypatch):
     # A run that takes itself for one of two processes wraps its models in DDP; its group has one.
     monkeypatch.setenv("WORLD_SIZE", "2")
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)

@@ -304,6 +304,39 @@ def test_classifiers_by_name(name, channels):
     assert model(torch.randn(2, channels, 32, 32)).shape == (2, 7)
 
 
+def args_of(out, *words):
+    """→ args for images of one channel, normalised by 100 and 50, of five classes."""
+    args = common.parse_args(mra.options(), "mra", mra.preset, [*SHORT, "--out", str(out), *words])
+    args.mean, args.std, args.num_classes = [100.0], [50.0], 5
+    return args
+
+
+def test_evaluate_equals_a_slow_count(tmp_path):
+    images, labels = torch.randint(256, (300, 1, 16, 16)).byte(), torch.randint(5, (300,))
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(256, 5)).train()
+    ids = torch.randperm(300)[:270]                                    # two batches
+    data, run = common.Images(images, labels, range(5)), common.Run(args_of(tmp_path))
+    result, per_class = mra.evaluate(model, data, ids, run)
+    total, right = 0.0, [[] for _ in range(5)]
+    for i in ids.tolist():
+        chances = model[2]((images[i].flatten().float() - 100) / 50).softmax(0).tolist()
+        right[labels[i]].append(max(chances) == chances[labels[i]])
+        total += chances[labels[i]]
+    assert result["confidence"] == pytest.approx(total / 270, rel=1e-4)
+    assert result["top1"] == pytest.approx(sum(map(sum, right)) / 270)
+    assert per_class.tolist() == pytest.approx([sum(row) / len(row) for row in right])
+
+
+def test_episodes_are_of_the_classes_held_out(tmp_path):
+    """Images of these are always the same, all others are noise."""
+    labels, noise = torch.arange(400) % 10, torch.randint(256, (400, 1, 16, 16)).byte()
+    images = torch.where((labels >= 5)[:, None, None, None], noise[labels], noise)
+    run = common.Run(args_of(tmp_path, "--augment", "none"))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5))
+    result = mra.evaluate_episodes(model, None, common.Images(images, labels, range(10)), 5, run)
+    assert result["shots_1"] == result["top1"] == 1
+
+
 # -------------------------------------------------------------------------------------------------- the tasks
 
 @pytest.fixture(scope="module")
@@ -340,10 +373,8 @@ def test_the_augmentor_is_drawn_and_judged(augmentor):
     assert common.Image.open(f"{out}/augmentation.png").width > 1280
 
 
-@pytest.mark.parametrize("attends_to, says", [
-    ("objects", None), ("background", "no better than chance"), ("places", "one map for all images")])
-def test_attention_that_does_not_find_the_objects_is_said(attends_to, says, augmentor, monkeypatch, tmp_path,
-                                                          capsys):
+@pytest.mark.parametrize("attends_to", ["objects", "background", "places"])
+def test_the_image_says_whether_attention_finds_the_objects(attends_to, augmentor, monkeypatch, tmp_path):
     objects = F.avg_pool2d(common.Scenes(250, 16).masks[:, None].float(), 4).flatten(1)  # (250, 16)
     objects += 0.01 * torch.rand(250, 16)
     places = objects.mean(0) + 0.3 * torch.rand(250, 16)                      # where most objects are
@@ -351,13 +382,22 @@ def test_attention_that_does_not_find_the_objects_is_said(attends_to, says, augm
     monkeypatch.setattr(mra.MRA, "attention", lambda model, images: attention)
     args = argparse.Namespace(**(torch.load(augmentor)["args"] | dict(out=str(tmp_path), overwrite=True)))
     mra.draw(mra.MRA.load(augmentor), common.Scenes(250, 16), common.Run(args))
-    output = capsys.readouterr().out
-    for message in ("no better than chance", "one map for all images"):
-        assert (message in output) == (message == says)
     kept = log_of(tmp_path)[-1]["object_kept"]
-    args.mask_ratio = 0.8                                                     # as in the last row
+    low, random, mean_map = (kept[f"{name}, 40%"] for name in ("low", "random", "mean map"))
+    assert abs(random - 9 / 16) < 0.05
+    if attends_to == "objects":
+        assert low > 0.9 and low > mean_map
+    elif attends_to == "background":
+        assert low < random
+    else:
+        assert random < low < mean_map
+
+
+def test_the_image_is_drawn_with_the_ratio_of_its_last_row(augmentor, tmp_path):
+    changes = dict(out=str(tmp_path), overwrite=True, mask_ratio=0.8)
+    args = argparse.Namespace(**(torch.load(augmentor)["args"] | changes))
     mra.draw(mra.MRA.load(augmentor), common.Scenes(250, 16), common.Run(args))
-    assert (kept["low, 40%"] > 0.9) == (attends_to == "objects") and abs(kept["random, 40%"] - 9 / 16) < 0.05
+    assert (tmp_path / "augmentation.png").exists()
 
 
 def test_every_task_ends_with_its_result_and_the_baselines(runs):
@@ -366,8 +406,8 @@ def test_every_task_ends_with_its_result_and_the_baselines(runs):
         assert end["task"] == task and end["top1_without_mra"] == plain["top1"]
         assert json.load(open(runs / task / "baseline" / "args.json"))["augment"] == [
             "randaugment" if task == "semi" else "none"]
-    semi = [line for line in log_of(runs / "semi") if "sure" in line]
-    assert all(line["loss"] >= line["unlabelled_loss"] for line in semi)
+        one, two = (torch.load(runs / task / out / "last.pt")["classifier"] for out in ("", "baseline"))
+        assert not all(torch.equal(one[name], two[name]) for name in one)
     few = log_of(runs / "fewshot")[-1]
     assert few["top1"] == few["shots_5"] > 0.2 and few["interval_1"] > 0
 
@@ -391,11 +431,61 @@ def test_fixmatchs_views_are_other_crops_of_the_same_images(augmentor, tmp_path,
         assert len(one[0]) == 6 and torch.equal(one[0], two[0]) and one[1] != two[1]
 
 
-def test_fewshot_never_trains_on_the_classes_it_is_tested_on(runs):
-    weights = torch.load(runs / "fewshot" / "last.pt")
-    # of the last bias
-    momentum = [state["momentum_buffer"] for state in weights["optimizer"]["state"].values()][-1]
-    assert (momentum[:5] < 0).any() and (momentum[5:] > 0).all()              # 5 … 9 are only pushed down
+def test_fixmatch_teaches_the_augmented_view_by_the_other(augmentor, tmp_path, monkeypatch):
+    class Brightness(torch.nn.Module):
+        """A classifier whose scores say which image it saw."""
+
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(10))
+
+        def forward(self, images):
+            return images.mean((1, 2, 3))[:, None] * self.scale
+
+    def loss(weak, strong):
+        seen.append((weak, strong))
+        return 100 + 0 * strong.sum(), torch.tensor(1.0)
+
+    seen = []
+    monkeypatch.setattr(mra, "new_classifier", lambda args: Brightness())
+    monkeypatch.setattr(mra, "fixmatch_loss", loss)
+    monkeypatch.setattr(mra, "augment", lambda args, model, images, labels=None: (0 * images + 9, labels))
+    words = "--task semi --labels 2 --batch 2 --epochs 1 --augmentor".split()
+    mra.main([*SHORT, *words, augmentor, "--out", f"{tmp_path}/run"])
+    assert seen and log_of(tmp_path / "run")[0]["loss"] > 100
+    for weak, strong in seen:
+        assert (strong == strong[0]).all() and not (weak == weak[0]).all()
+
+
+def test_what_fixmatch_evaluates_is_the_average_of_weights(augmentor, tmp_path):
+    words = "--task semi --labels 1 --batch 2 --limit 20 --epochs 1 --augmentor".split()
+    mra.main([*SHORT, *words, augmentor, "--out", f"{tmp_path}/run"])
+    saved = torch.load(tmp_path / "run" / "last.pt")
+    assert saved["step"] == 1
+    torch.manual_seed(0)
+    first = mra.new_classifier(argparse.Namespace(**saved["args"])).state_dict()
+    for name, old in first.items():
+        if name.endswith("weight"):
+            new = saved["model"][name]
+            torch.testing.assert_close(saved["classifier"][name], 0.99 * old + 0.01 * new)
+            assert not torch.equal(new, old)
+
+
+def test_a_long_tail_is_reported_by_size(augmentor, tmp_path, cli):
+    words = ["--labels", 6, "--imbalance", 6, "--augment", "none", "--augmentor", augmentor]
+    assert cli(*SHORT, *words, "--out", tmp_path)[0] == 0
+    end = log_of(tmp_path)[-1]                                 # all classes are few; each has 6 to test on
+    assert end["few_shot"] == pytest.approx(end["top1"])
+
+
+def test_fewshot_never_trains_on_the_classes_it_is_tested_on(augmentor, tmp_path, monkeypatch):
+    augment, seen = mra.augment, []
+    monkeypatch.setattr(
+        mra, "augment", lambda args, model, images, labels: seen.append(labels) or augment(
+            args, model, images, labels))
+    words = ["--task", "fewshot", "--limit", "200", "--epochs", "1", "--augmentor", augmentor]
+    mra.main([*SHORT, *words, "--out", f"{tmp_path}/run"])
+    assert set(torch.cat(seen).tolist()) == set(range(5))
 
 
 def test_without_an_augmentor_one_is_trained_first_and_not_twice(cli, tmp_path, monkeypatch):
@@ -422,8 +512,8 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(task, runs, augmento
     after = common.Run.after_step
 
     def stop(run):
-        if run.step == 5:
-            run.signal, run.next_look = 15, 0
+        if run.step == (15 if task == "supervised" else 5):    # of 20, after a first evaluation; of 8
+            run.signal = 15
         after(run)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
