@@ -668,7 +668,7 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
 
     def find_classes(self, root):
         """→ classes (names), and the number of each sub-folder: torchvision asks for them."""
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
         files = [entry.path for entry in os.scandir(root) if entry.is_file()]
         if len(folders) < 2 or any(map(is_image, files)):
             return [], {"": -1}                                       # all below root itself, with label −1
@@ -765,10 +765,11 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     args.in_chans = len(image)
 
     # Without --size, images keep their size, rounded down to whole patches. Those of --data may differ in
-    # size: they become squares of at most 224 pixels, without CUDA 64.
+    # size: they become squares with the usual shorter side, but of at most 224 pixels, without CUDA 64.
     sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
-        sides = to_pair(min(*sides, 224 if run.device.type == "cuda" else 64))
+        usual = np.median([min(train[i][0].shape[1:]) for i in spread(len(train), 50).tolist()])
+        sides = to_pair(min(int(usual), 224 if run.device.type == "cuda" else 64))
     if args.patch is None:                                            # 4 or 8 if at most 12 fit on a side
         largest = 14 if args.model == "huge" else 16
         args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), largest)
@@ -1044,11 +1045,6 @@ def matrix_rate(device, dtype):
     return 10 * 2 * len(a) ** 3 / seconds
 
 
-def holds_run(folder):
-    """→ whether a run has begun in a folder, or a model lies there."""
-    return any(os.path.exists(f"{folder}/{name}") for name in ("args.json", "last.pt", "best.pt"))
-
-
 class Run:
     """What a training loop needs around it: device, processes, precision, output folder, log, checkpoints.
     The loop stays the script's. Raises UserError if the options do not fit the machine or each other, or if
@@ -1057,13 +1053,16 @@ class Run:
     def __init__(self, args):
         self.args = args
         # Nothing is lost to a forgotten --out: refuse at once.
-        if holds_run(args.out) and not args.resume and not args.overwrite:
+        there = any(os.path.exists(f"{args.out}/{name}") for name in ("args.json", "last.pt", "best.pt"))
+        if there and not args.resume and not args.overwrite:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
                 f"--overwrite replaces it")
-        out, init = (pathlib.Path(path or "").resolve() for path in (args.out, args.init))
-        if args.overwrite and args.init and init.parent == out:
-            raise UserError(f"--overwrite would remove {args.init}: take another --out, or move it first")
+        options = vars(args)
+        needed = [args.init, options.get("prior"), options.get("augmentor"), *options.get("compare", ())]
+        for path in filter(None, needed):
+            if args.overwrite and os.path.realpath(f"{path}/..") == os.path.realpath(args.out):
+                raise UserError(f"--overwrite would remove {path}: take another --out, or move it first")
         self.step = 0
         self.seconds = 0.0                                            # of training, over all resumed parts
         self.signal = 0                                          # the number of the signal that stops the run
@@ -1164,12 +1163,15 @@ class Run:
         if args.resume:
             saved = read_checkpoint(f"{args.out}/last.pt")
             try:
+                for name in ("data", "seed", "batch", "lr"):          # of AutoMAE's prior, MRA's augmentor
+                    if saved["args"][name] != getattr(args, name):
+                        raise ValueError
                 for name, part in parts.items():
                     if saved[name]:                                   # {} of a scaler that was not needed
                         part.load_state_dict(saved[name])
             except (KeyError, RuntimeError, ValueError):
-                raise UserError(f"{args.out} holds a run of another script, or of a model of another size; "
-                                f"--overwrite replaces it")
+                raise UserError(f"{args.out} holds a run of another script, of a model of another size, or "
+                                f"with other options; --overwrite replaces it")
             self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
             self.sums = {name: value.to(self.device) for name, value in saved["sums"].items()}
         if self.rank == 0:
@@ -1411,21 +1413,21 @@ def shared_options(description):
 
 
 MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "workers", "compile", "root",
-              "checkpoint_blocks", "micro_batch", "augmentor", "prior"}
+              "checkpoint_blocks", "micro_batch", "init", "augmentor", "prior"}
 
 
 def kind_of_data(args):
     """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has more than
-    50,000 images, and a sample of 100 pixels or more."""
+    50,000 images, and one of those looked at has 100 pixels or more."""
     if args.data is None:
         return "scenes"
     count = side = 0
     for folder, _, names in os.walk(args.data, followlinks=True):
         paths = [f"{folder}/{name}" for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
         count += len(paths)
-        for path in filter(is_image, paths[:1]):                      # the last folder's is the sample
+        for path in filter(is_image, paths[:1]):                      # the first of every folder
             with contextlib.suppress(Exception):                      # whatever Pillow says of it
-                side = min(Image.open(path).size)
+                side = max(side, *Image.open(path).size)
         if count > 50_000:
             break
     return "imagenet" if count > 50_000 and side >= 100 else "small"
@@ -1446,10 +1448,11 @@ def parse_args(parser, script, preset, arguments=None):
         if getattr(args, "eval", False):                              # it must not replace what it evaluates
             out += "-eval"
 
-    # The values that are not given on the command line. Without args.json this run has not begun: AutoMAE
-    # and MRA first train something in a folder inside OUT, and that run resumes by itself.
+    # The values that are not given on the command line. AutoMAE and MRA first train something in a folder
+    # inside OUT, which resumes by itself. If there is no more, OUT has nothing to resume from.
     folder = pathlib.Path(out)
-    resume = args.resume and (holds_run(out) or not folder.exists())
+    first = (folder / "prior").exists() or (folder / "augmentor").exists()
+    resume = args.resume and ((folder / "last.pt").exists() or not first)
     if resume:
         values = read_checkpoint(f"{out}/last.pt")["args"]
     else:
@@ -1459,6 +1462,8 @@ def parse_args(parser, script, preset, arguments=None):
     args = parser.parse_args(arguments)
     if args.resume:
         args.overwrite = False
+        if not resume:
+            (folder / "args.json").unlink(missing_ok=True)
     args.out, args.resume = out, resume
     args.size = args.size and to_pair(args.size)
 

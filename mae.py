@@ -330,8 +330,8 @@ def draw(model, dataset, run, count=10):
 # ==========================================================================================================
 
 def labelled_ids(dataset, limit=None, seed=0, per_class=None):
-    """→ indices (m,) of at most `limit` labelled images in random order; with per_class, of at most that many
-    per class, class by class. Raises UserError if there are fewer than two classes."""
+    """→ indices (m,) of at most `limit` labelled images in random order; with per_class, of that many per
+    class, class by class. Raises UserError if there are fewer, or fewer than two classes."""
     labels = labels_of(dataset or []).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
@@ -342,6 +342,8 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
                         "without images beside these folders")
     if per_class:
         order = torch.cat([order[labels[order] == k][:per_class] for k in classes])
+        if len(order) < per_class * len(classes):
+            raise UserError(f"--labels {per_class}: a class has fewer images")
     return order
 
 
@@ -920,7 +922,7 @@ def preset(args, kind):
         values |= PRESETS.get(row, {})
     if args.init is None:
         values["layer_decay"] = 1.0                                   # from scratch: one rate for all layers
-    if args.eval or task in ("knn", "reconstruct"):
+    if args.init is not None:
         values["size"] = None                                         # that of the encoder
     if args.labels and classifies and data == "scenes":
         values |= dict(batch=20, updates=1000)

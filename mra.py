@@ -151,14 +151,14 @@ class MRA(nn.Module):
         trained_mean = encoder.mean or ImageFolder.mean
         trained_std = encoder.std or ImageFolder.std
         numbers = torch.tensor([mean or trained_mean, std or trained_std, trained_mean, trained_std])
-        self.register_buffer("normalisation", numbers[..., None, None], persistent=False)  # (4, C, 1, 1)
+        self.register_buffer("normalisation", numbers[..., None, None])  # (4, C, 1, 1)
 
     @classmethod
     def load(cls, path, img_size=None, **options):
         """→ an MRA from a checkpoint of this script, of mae.py --no-norm-pixels, or of MAE's release. For
         another img_size positions are resized. Raises UserError for a file whose predictions make no
         image."""
-        encoder = load_encoder(path, img_size=img_size)
+        encoder = load_encoder(path, img_size)
         if encoder.norm_pixels:
             raise UserError(f"{path} predicts normalised pixels, no image: use mae.py --no-norm-pixels")
         return cls(encoder, load_decoder(path, encoder), **options)
@@ -275,8 +275,7 @@ def pretrain(args, train=None, val=None):
         # As MAE does, the autoencoder hides 75 % of the patches at random [from memory]. Its loss comes first
         # of three.
         train_step(run, wrapped, optimizer, loader, lambda images, labels: wrapped(images)[0])
-    if run.rank == 0:
-        draw(MRA.load(f"{args.out}/last.pt").to(run.device), val or train, run)
+    draw(MRA.load(f"{args.out}/last.pt").to(run.device), val or train, run)
 
 
 @torch.no_grad()
@@ -284,7 +283,8 @@ def draw(mra, dataset, run):
     """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategies and mask
     ratios. Where the data know their objects, says and logs which part of them stays visible."""
     args = run.args
-    path = f"{args.out}/augmentation.png"
+    if run.rank:
+        return
     images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
     brightness = mra.per_pixel(attention / attention.amax(1, True))
@@ -304,16 +304,15 @@ def draw(mra, dataset, run):
         if labels.ndim == 3:                                          # maps of the objects
             kept[case] = 1 - hidden[:, 0][labels > 0].float().mean().item()
             run.print(f"{case} hidden: {kept[case]:.2f} of the objects stays visible")
-    save_image_rows(path, {title: to_pixels(view[:10], args) for title, view in rows.items()})
-    run.print(f"images: {path}")
+    save_image_rows(f"{args.out}/augmentation.png", {
+        title: to_pixels(view[:10], args) for title, view in rows.items()})
+    run.print(f"images: {args.out}/augmentation.png")
     if kept:
         run.write_log(step=run.step, object_kept=kept)
         low, random, _, mean_map, *_ = kept.values()
-        if low < random + 0.02:
-            run.print("attention finds the objects no better than chance, so MRA hides them, too: train the "
-                      "augmentor longer, or with another --seed")
-        elif low < mean_map:
-            run.print("attention finds the objects, but one map for all images would keep more of them")
+        if low < max(random, mean_map):
+            run.print("attention keeps no more of the objects than chance, or than one map for all images: "
+                      "train the augmentor longer, or with another --seed")
 
 
 def run_in_folder(function, args, folder, train, val, **overrides):
@@ -437,9 +436,11 @@ def classify(args, train=None, val=None):
     train, val = prepare_data(args, run, train, val)
     args.num_classes = classes = int(labels_of(train).max()) + 1
     if args.task == "fewshot":
-        classes -= args.held_out or classes // 2
-        if not 2 <= classes <= args.num_classes - WAYS:
+        classes -= args.held_out or max(WAYS, classes // 2)
+        if classes < 2:
             raise UserError(f"--held-out: {classes} of {args.num_classes} classes would be left to train on")
+        labels = labels_of(val or [])
+        episodes(labels[labels >= classes], WAYS, 5, count=1)         # too few? say so before training
     torch.manual_seed(args.seed)
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
@@ -500,8 +501,7 @@ def classify(args, train=None, val=None):
             result |= by_size(per_class, labels_of(train)[ids].bincount(minlength=classes))
         if mra:
             # Does MRA keep the class of an image? Then a classifier trained without it stays sure.
-            if run.rank == 0:
-                draw(mra, val, run)
+            draw(mra, val, run)
             mra.probability = 1.0
             for strategy in STRATEGIES:
                 mra.mask_strategy = strategy
@@ -509,7 +509,7 @@ def classify(args, train=None, val=None):
                 result |= {f"{name}_painted_{strategy}": value for name, value in painted.items()}
     if args.baseline and "mra" in args.augment:
         # FixMatch needs a strong view: without MRA it is RandAugment's, as in the original.
-        rest = [name for name in args.augment if name != "mra"] or ["randaugment" if semi else "none"]
+        rest = ["randaugment"] if semi else [name for name in args.augment if name != "mra"] or ["none"]
         result["top1_without_mra"] = run_in_folder(classify, args, "baseline", train, val, augment=rest)
     run.print(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:")
     run.print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
@@ -545,8 +545,8 @@ def episodes(labels, ways, shots, queries=15, count=600):
     tasks. No image comes twice in a task. Raises UserError if there are too few classes or images."""
     members = (labels == labels.unique()[:, None]).float()            # (K, M), 1 where image m is of class k
     if len(members) < ways or members.sum(1).min() < shots + queries:
-        raise UserError(f"{len(members)} classes held out are too few or too small for episodes of {ways} "
-                        f"with {shots} + {queries} images: change --held-out")
+        raise UserError(f"{len(members)} classes held out are too few or too small: episodes need {ways}, "
+                        f"each with {shots} + {queries} validation images; --held-out says how many")
     tasks = []
     for _ in range(count):
         classes = torch.randperm(len(members))[:ways]
@@ -590,8 +590,8 @@ def evaluate_episodes(model, mra, dataset, first, run):
     for shots in (1, 5):
         torch.manual_seed(args.seed)                                  # the same episodes for all classifiers
         support, query = episodes(labels, WAYS, shots)
-        views = features[support].flatten(2, 3)                       # (E, ways, shots · views, D)
-        accuracy = nearest_centroid(views, features[query, 0])        # (E,)
+        # (E, ways, shots · views, D) and (E, ways, queries, D) → (E,)
+        accuracy = nearest_centroid(features[support].flatten(2, 3), features[query, 0])
         result["top1"] = result[f"shots_{shots}"] = accuracy.mean().item()
         result[f"interval_{shots}"] = 1.96 * accuracy.std().item() / len(accuracy) ** 0.5
     return result
@@ -639,18 +639,19 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data and task. A row with a task overrides the one without; small data take the rows of
-# scenes, then their own. For "imagenet" the classifier is the paper's, its training is [from memory], and the
-# augmentor has MAE's recipe for 200 epochs [not in the paper], as all else. `updates` is a number of steps,
-# `ema` the part of FixMatch's averaged weights that a step keeps.
+# Defaults by kind of data and task. A row with a task overrides the one without. Small data take the rows of
+# scenes, but where the task comes first, each its own. For "imagenet" the classifier is the paper's, its
+# training is [from memory], and the augmentor has MAE's recipe for 200 epochs [not in the paper], as all
+# else. `updates` is a number of steps, `ema` the part of FixMatch's averaged weights that a step keeps.
 PRESETS = {
     "scenes": dict(
         model="nano", crop=0.5,
         classifier="conv4", updates=600, batch=50, lr=0.5, weight_decay=1e-4,
         ema=0.99),
     "scenes augmentor": dict(updates=1875, batch=32, lr=1.6e-2, weight_decay=0.05),
-    "scenes supervised": dict(labels=50, augment=["none"]),
-    "small supervised": dict(labels=None, augment=["mra"], updates=2000),
+    "supervised scenes": dict(labels=50, augment=["none"]),
+    "supervised small": dict(updates=2000),
+    "fewshot small": dict(updates=2000),
     "scenes semi": dict(labels=25, updates=700, batch=16, weight_decay=5e-4),
     "imagenet": dict(
         model="light", crop=0.08, size=[224],
@@ -668,10 +669,10 @@ def preset(args, kind):
     has to be trained first: options for the classifier's training do not count for it."""
     base = kind.replace("small", "scenes")
     values = {}
-    for row in (base, f"{base} {args.task}", f"{kind} {args.task}"):
+    for row in (base, f"{base} {args.task}", f"{args.task} {kind}"):
         values |= PRESETS.get(row, {})
-    light = dict(task="augmentor", epochs=None, warmup=None, micro_batch=None)
-    return values | dict(light=light | PRESETS[f"{base} augmentor"])
+    light = dict(task="augmentor", epochs=None, warmup=None, micro_batch=None) | PRESETS[f"{base} augmentor"]
+    return values | dict(light=light)
 
 
 def options():
@@ -694,7 +695,7 @@ def options():
     add("--labels", type=count, help="labelled images of each class")
     add("--imbalance", type=count, default=1,
         help="long tail: images of the first class over those of the last")
-    add("--held-out", type=count, help="fewshot: classes that are not trained on; left out: half of them")
+    add("--held-out", type=count, help="fewshot: classes that are not trained on; left out: half, or five")
     add("--compare", nargs="+", default=[], help="occlusion: last.pt of the classifiers")
     return parser
 

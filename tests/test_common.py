@@ -822,6 +822,35 @@ def test_overwriting_does_not_delete_what_to_start_from(inside, tmp_path):
         run_of(tmp_path / "run", "--overwrite", "--init", init)
 
 
+@pytest.mark.parametrize("option", ["augmentor", "prior", "compare"])
+def test_overwriting_does_not_delete_what_a_run_reads(option, tmp_path):
+    args = options(tmp_path, "--overwrite")
+    path = str(tmp_path / "last.pt")
+    setattr(args, option, [path] if option == "compare" else path)
+    with pytest.raises(UserError):
+        Run(args)
+
+
+def test_the_size_is_the_usual_one_and_hidden_folders_are_no_classes(tmp_path):
+    for k in range(5):
+        path = tmp_path / "data" / "train" / "ab"[k % 2] / f"{k}.png"
+        write_image(path, size=(50, 60) if k else (10, 10))
+    (tmp_path / "data" / "train" / ".checkpoints").mkdir()
+    run, train, _ = opened(tmp_path / "out", "--data", tmp_path / "data")
+    assert run.args.size == (48, 48) and train.classes == ["a", "b"]
+
+
+def test_a_run_of_other_data_or_options_does_not_go_on(tmp_path):
+    run = run_of(tmp_path)
+    run.start(8)
+    run.save("last.pt", step=1, seconds=1.0, history=[], sums={})
+    for change in ({}, dict(seed=5), dict(data="elsewhere"), dict(lr=2.0)):
+        args = options(tmp_path, "--resume")
+        vars(args).update(change)
+        with pytest.raises(UserError) if change else contextlib.nullcontext():
+            Run(args).start(8)
+
+
 def test_sixteen_bit_images_keep_their_levels(tmp_path):
     levels = np.random.default_rng(0).integers(0, 4096, (64, 64)).astype(np.uint16)
     Image.fromarray(levels).save(tmp_path / "a.png")

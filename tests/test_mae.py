@@ -1147,8 +1147,10 @@ def test_imagenet_gets_the_papers_recipe(task, tmp_path):
 
 
 def test_a_model_is_evaluated_at_its_own_size(tmp_path):
-    for flags in (["--task", "finetune", "--eval"], ["--task", "knn"]):
-        assert mae.preset(args_of(tmp_path, *flags), "imagenet")["size"] is None
+    torch.save(ViT(32, 16, embed_dim=768, depth=1, num_heads=12).state_dict(), tmp_path / "init.pth")
+    for task in ("finetune", "knn", "pretrain"):
+        args = args_of(tmp_path, "--task", task, "--init", tmp_path / "init.pth")
+        assert mae.preset(args, "imagenet")["size"] is None
 
 
 def test_pixels_without_a_label_do_not_count_in_the_loss(tmp_path, monkeypatch):
