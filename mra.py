@@ -275,7 +275,8 @@ def pretrain(args, train=None, val=None):
         # As MAE does, the autoencoder hides 75 % of the patches at random [from memory]. Its loss comes first
         # of three.
         train_step(run, wrapped, optimizer, loader, lambda images, labels: wrapped(images)[0])
-    draw(MRA.load(f"{args.out}/last.pt").to(run.device), val or train, run)
+    if run.rank == 0:
+        draw(MRA.load(f"{args.out}/last.pt").to(run.device), val or train, run)
 
 
 @torch.no_grad()
@@ -283,8 +284,6 @@ def draw(mra, dataset, run):
     """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategies and mask
     ratios. Where the data know their objects, says and logs which part of them stays visible."""
     args = run.args
-    if run.rank:
-        return
     images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
     brightness = mra.per_pixel(attention / attention.amax(1, True))
@@ -308,7 +307,7 @@ def draw(mra, dataset, run):
         title: to_pixels(view[:10], args) for title, view in rows.items()})
     run.print(f"images: {args.out}/augmentation.png")
     if kept:
-        run.write_log(step=run.step, object_kept=kept)
+        run.write_log(object_kept=kept)
         low, random, _, mean_map, *_ = kept.values()
         if low < max(random, mean_map):
             run.print("attention keeps no more of the objects than chance, or than one map for all images: "
@@ -501,7 +500,8 @@ def classify(args, train=None, val=None):
             result |= by_size(per_class, labels_of(train)[ids].bincount(minlength=classes))
         if mra:
             # Does MRA keep the class of an image? Then a classifier trained without it stays sure.
-            draw(mra, val, run)
+            if run.rank == 0:
+                draw(mra, val, run)
             mra.probability = 1.0
             for strategy in STRATEGIES:
                 mra.mask_strategy = strategy
