@@ -33,8 +33,8 @@ times. (All but seed 0's three numbers are from before the patch embedding's ord
 Features do not get better: a linear classifier on the mean patch token reaches 0.42, 0.40 and 0.43, with
 random masks (--masking random) 0.44, 0.40 and 0.42, with true boxes 0.21, 0.21 and 0.21, no better than
 before training. True boxes hide nearly the whole object. In a scene the background says nothing about the
-object, so, we think, nothing teaches the encoder about objects, and scenes cannot test the paper's claim
-about boxes. Learned masks hide 0.82 to 0.86 of the object and 0.72 to 0.73 of the background, and do no such
+object's shape, so, we think, nothing teaches the encoder about shapes, and scenes cannot test the paper's
+claim about boxes. Learned masks hide 0.82 to 0.86 of the object and 0.72 to 0.73 of the background, and do no such
 harm.
 
 Details that matter
