@@ -34,8 +34,8 @@ Features do not get better: a linear classifier on the mean patch token reaches 
 random masks (--masking random) 0.44, 0.40 and 0.42, with true boxes 0.21, 0.21 and 0.21, no better than
 before training. True boxes hide nearly the whole object. In a scene the background says nothing about the
 object's shape, so, we think, nothing teaches the encoder about shapes, and scenes cannot test the paper's
-claim about boxes. Learned masks hide 0.82 to 0.86 of the object and 0.72 to 0.73 of the background, and do no such
-harm.
+claim about boxes. Learned masks hide 0.82 to 0.86 of the object and 0.72 to 0.73 of the background, and do no
+such harm.
 
 Details that matter
 1. No layer of the discriminator has a bias. With biases it can answer ½ to everything, and then nothing
