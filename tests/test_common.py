@@ -1018,6 +1018,14 @@ def test_epochs_warm_up_and_evaluations_follow_from_the_number_of_steps(tmp_path
     assert run.warmup_steps == pytest.approx(24 / 5)
 
 
+@pytest.mark.parametrize("batch, length, wanted", [
+    (8, "updates", 0.02), (16, "updates", 0.02), (64, "updates", 0.005), (64, "epochs", 0.02)])
+def test_the_peak_rate_of_small_presets_does_not_grow_with_the_batch(batch, length, wanted):
+    preset = {"batch": 16, "lr": 0.02, length: 10}
+    args = parse_args(shared_options("a test"), "test", lambda args, kind: preset, ["--batch", str(batch)])
+    assert args.lr == pytest.approx(wanted)
+
+
 def test_every_weight_matrix_is_decayed_and_nothing_else():
     vit = ViT(**TINY | dict(num_classes=3)).requires_grad_(True)      # as in fine-tuning: positions, too
     vit.decoder = Decoder(vit, embed_dim=16, depth=1, num_heads=2)
