@@ -1060,8 +1060,9 @@ class Run:
                 f"--overwrite replaces it")
         options = vars(args)
         needed = [args.init, options.get("prior"), options.get("augmentor"), *options.get("compare", ())]
+        replaced = [os.path.realpath(folder) for folder in (args.out, f"{args.out}/baseline")]
         for path in filter(None, needed):
-            if args.overwrite and os.path.realpath(f"{path}/..") == os.path.realpath(args.out):
+            if args.overwrite and os.path.realpath(f"{path}/..") in replaced:
                 raise UserError(f"--overwrite would remove {path}: take another --out, or move it first")
         self.step = 0
         self.seconds = 0.0                                            # of training, over all resumed parts
@@ -1418,19 +1419,19 @@ MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "wo
 
 def kind_of_data(args):
     """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has more than
-    50,000 images, and one of those looked at has 100 pixels or more."""
+    50,000 images, the usual one of 100 pixels or more."""
     if args.data is None:
         return "scenes"
-    count = side = 0
+    count, sides = 0, []
     for folder, _, names in os.walk(args.data, followlinks=True):
         paths = [f"{folder}/{name}" for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
         count += len(paths)
-        for path in filter(is_image, paths[:1]):                      # the first of every folder
+        for path in filter(is_image, paths[:5]):                      # some of every folder
             with contextlib.suppress(Exception):                      # whatever Pillow says of it
-                side = max(side, *Image.open(path).size)
+                sides.append(min(Image.open(path).size))
         if count > 50_000:
             break
-    return "imagenet" if count > 50_000 and side >= 100 else "small"
+    return "imagenet" if count > 50_000 and np.median(sides or [0]) >= 100 else "small"
 
 
 def parse_args(parser, script, preset, arguments=None):
@@ -1456,11 +1457,13 @@ def parse_args(parser, script, preset, arguments=None):
     if resume:
         values = read_checkpoint(f"{out}/last.pt")["args"]
     else:
-        values = preset(args, kind_of_data(args))
+        values = dict(preset(args, kind_of_data(args)))
         # Small presets keep their peak learning rate when --batch is larger [not in the paper]. If it grew as
         # MAE's does, features would get worse (scenes, batches of 256, 3 epochs, seed 0: 0.17, not 0.26).
         if args.batch and "updates" in values:
             values["lr"] *= min(1, values["batch"] / args.batch)
+        if args.resume and (folder / "args.json").exists():           # it had begun, but not saved anything
+            values |= json.loads((folder / "args.json").read_text())
     parser.set_defaults(**values)
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(arguments)

@@ -343,7 +343,7 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
     if per_class:
         order = torch.cat([order[labels[order] == k][:per_class] for k in classes])
         if len(order) < per_class * len(classes):
-            raise UserError(f"--labels {per_class}: a class has fewer images")
+            raise UserError(f"--labels {per_class}: a class has fewer images, or --limit leaves fewer")
     return order
 
 
@@ -643,7 +643,7 @@ def classify(args, train=None, val=None):
         options = {}                                                  # the model stays as it is
     # The ViT is pre-trained, a classifier already (--eval), or new.
     model, train, val = prepare(args, run, train, val, **options)
-    ids = labelled_ids(train, args.limit, args.seed, args.labels)
+    ids = labelled_ids(train, args.limit, args.seed, None if args.eval else args.labels)
     val_ids = labelled_ids(val, args.limit)
     args.classes = class_names(train)
     if args.task == "knn":

@@ -229,8 +229,7 @@ def train_step(run, model, optimizer, loader, loss_of):
     """What the augmentor's and the classifiers' training loops do in each step: --batch images from the
     loader, one update of the weights. loss_of(images (b, C, H, W), labels (b,)) → loss ()."""
     # Up in a straight line for --warmup epochs, then down half a cosine to zero.
-    peak = run.args.lr * run.args.batch / 256
-    lr = learning_rate(run.step, peak, run.warmup_steps, run.total_steps)
+    lr = learning_rate(run.step, run.args.lr * run.args.batch / 256, run.warmup_steps, run.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -438,11 +437,12 @@ def classify(args, train=None, val=None):
         classes -= args.held_out or max(WAYS, classes // 2)
         if classes < 2:
             raise UserError(f"--held-out: {classes} of {args.num_classes} classes would be left to train on")
-        labels = labels_of(val or [])
-        episodes(labels[labels >= classes], WAYS, 5, count=1)         # too few? say so before training
     torch.manual_seed(args.seed)
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
+    if args.task == "fewshot":                                        # too few? say so before training
+        labels = labels_of(val)
+        episodes(labels[labels >= classes], WAYS, 5, count=1)
     # On scenes, MRA is always evaluated.
     needed = "mra" in args.augment or args.augmentor or not args.data
     mra = make_augmentor(args, run, train, val) if needed else None
@@ -509,7 +509,7 @@ def classify(args, train=None, val=None):
                 result |= {f"{name}_painted_{strategy}": value for name, value in painted.items()}
     if args.baseline and "mra" in args.augment:
         # FixMatch needs a strong view: without MRA it is RandAugment's, as in the original.
-        rest = ["randaugment"] if semi else [name for name in args.augment if name != "mra"] or ["none"]
+        rest = [name for name in args.augment if name != "mra"] or ["randaugment" if semi else "none"]
         result["top1_without_mra"] = run_in_folder(classify, args, "baseline", train, val, augment=rest)
     run.print(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:")
     run.print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))

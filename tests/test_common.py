@@ -822,10 +822,11 @@ def test_overwriting_does_not_delete_what_to_start_from(inside, tmp_path):
         run_of(tmp_path / "run", "--overwrite", "--init", init)
 
 
-@pytest.mark.parametrize("option", ["augmentor", "prior", "compare"])
-def test_overwriting_does_not_delete_what_a_run_reads(option, tmp_path):
+@pytest.mark.parametrize("option, path", [
+    ("augmentor", "last.pt"), ("prior", "last.pt"), ("compare", "last.pt"), ("compare", "baseline/last.pt")])
+def test_overwriting_does_not_delete_what_a_run_reads(option, path, tmp_path):
     args = options(tmp_path, "--overwrite")
-    path = str(tmp_path / "last.pt")
+    path = str(tmp_path / path)
     setattr(args, option, [path] if option == "compare" else path)
     with pytest.raises(UserError):
         Run(args)
@@ -1023,7 +1024,7 @@ def test_epochs_warm_up_and_evaluations_follow_from_the_number_of_steps(tmp_path
 def test_the_peak_rate_of_small_presets_does_not_grow_with_the_batch(batch, length, wanted):
     preset = {"batch": 16, "lr": 0.02, length: 10}
     args = parse_args(shared_options("a test"), "test", lambda args, kind: preset, ["--batch", str(batch)])
-    assert args.lr == pytest.approx(wanted)
+    assert args.lr == pytest.approx(wanted) and preset["lr"] == 0.02
 
 
 def test_every_weight_matrix_is_decayed_and_nothing_else():
@@ -1157,6 +1158,8 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
     write_image(tmp_path / "new.png", size=(32, 32))
     image.write_bytes((tmp_path / "new.png").read_bytes())
     look()
+    write_image(tmp_path / "data" / "overview.png", size=(640, 480))
+    look()
     # Files of other kinds do not count.
     shutil.rmtree(folder)
     write_image(folder / "1.png", size=(128, 128))
@@ -1164,7 +1167,7 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
     for i in range(50_000):
         os.link(folder / "notes.txt", folder / f"{i}.txt")
     look()
-    assert kinds == ["small", "imagenet", "small", "small"]
+    assert kinds == ["small", "imagenet", "small", "small", "small"]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 32)])

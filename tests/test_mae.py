@@ -327,7 +327,8 @@ def test_two_steps_equal_two_by_hand(tmp_path):
             (model(images, 0.5)[0] / 2).backward()
         adam.step()
         adam.zero_grad()
-    close(saved(tmp_path / "run")["encoder"], encoder.state_dict(), 1e-6)
+    # The keys' bias has no gradient but rounding errors, and AdamW makes steps of them.
+    close(saved(tmp_path / "run")["encoder"], encoder.state_dict(), 2e-5)
 
 
 def send(number, monkeypatch, step, masking="random", wait=0.0):

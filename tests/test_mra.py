@@ -497,7 +497,7 @@ def test_without_an_augmentor_one_is_trained_first_and_not_twice(cli, tmp_path, 
         assert {f"top1_painted_{name}", f"confidence_painted_{name}"} <= end.keys()
     made = (tmp_path / "run" / "augmentor" / "last.pt").read_bytes()
     (tmp_path / "run" / "last.pt").unlink()                            # as if it had died after the augmentor
-    assert cli(*words)[0] == 2 and cli(*words, "--resume")[0] == 0
+    assert cli(*words)[0] == 2 and cli("--resume", "--out", tmp_path / "run")[0] == 0
     assert (tmp_path / "run" / "augmentor" / "last.pt").read_bytes() == made
     assert log_of(tmp_path / "run")[-1] == end
 
