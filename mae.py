@@ -922,7 +922,7 @@ def preset(args, kind):
         values |= PRESETS.get(row, {})
     if args.init is None:
         values["layer_decay"] = 1.0                                   # from scratch: one rate for all layers
-    if args.init is not None:
+    else:
         values["size"] = None                                         # that of the encoder
     if args.labels and classifies and data == "scenes":
         values |= dict(batch=20, updates=1000)

@@ -338,11 +338,12 @@ def test_init_continues_from_an_encoder(finished, cli, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("flags", [
-    "--batch 6 --micro-batch 6", "--mix-ratio 0.5 --micro-batch 1", "--mix-ratio 0.3", "--size 12"])
-def test_what_does_not_divide_is_one_clear_line(flags, tmp_path, cli):
+@pytest.mark.parametrize("flags, number", [
+    ("--batch 6 --micro-batch 6", "4"), ("--mix-ratio 0.5 --micro-batch 1", "2"),   # images in a group
+    ("--mix-ratio 0.3", "0.3"), ("--size 12", "9")])                        # patches
+def test_what_does_not_divide_is_one_clear_line(flags, number, tmp_path, cli):
     code, _, errors = cli(*RUN, *flags.split(), "--out", tmp_path / "run")
-    assert code == 2 and "Traceback" not in errors
+    assert code == 2 and number in errors.splitlines()[-1] and "Traceback" not in errors
     assert not (tmp_path / "run").exists()
 
 

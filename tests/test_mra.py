@@ -373,7 +373,7 @@ def test_the_augmentor_is_drawn_and_judged(augmentor):
 
 
 @pytest.mark.parametrize("attends_to", ["objects", "background", "places"])
-def test_the_image_says_whether_attention_finds_the_objects(attends_to, augmentor, monkeypatch, tmp_path):
+def test_attention_that_misses_the_objects_is_said(attends_to, augmentor, monkeypatch, tmp_path, capsys):
     objects = F.avg_pool2d(common.Scenes(250, 16).masks[:, None].float(), 4).flatten(1)  # (250, 16)
     objects += 0.01 * torch.rand(250, 16)
     places = objects.mean(0) + 0.3 * torch.rand(250, 16)                      # where most objects are
@@ -384,6 +384,7 @@ def test_the_image_says_whether_attention_finds_the_objects(attends_to, augmento
     kept = log_of(tmp_path)[-1]["object_kept"]
     low, random, mean_map = (kept[f"{name}, 40%"] for name in ("low", "random", "mean map"))
     assert abs(random - 9 / 16) < 0.05
+    assert ("--seed" in capsys.readouterr().out) == (attends_to != "objects")     # advice
     if attends_to == "objects":
         assert low > 0.9 and low > mean_map
     elif attends_to == "background":
