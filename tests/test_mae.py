@@ -804,6 +804,8 @@ def test_few_labels_are_that_many_of_each_class(trained, tmp_path):
     judge("finetune", tmp_path / "run", f"{trained}/last.pt", "--labels", 4, "--epochs", 3, train=train)
     seen = torch.tensor(sorted(train.seen - {0}))
     assert set(train.targets[seen].bincount().tolist()) <= {3, 4} and len(seen) in (11, 12)
+    with pytest.raises(UserError):
+        judge("finetune", tmp_path / "more", f"{trained}/last.pt", "--labels", 50, train=train)
 
 
 def test_from_scratch_all_layers_learn_alike(tmp_path):

@@ -550,6 +550,7 @@ def test_bad_input_gets_one_line(options, says, augmentor, tmp_path, cli):
     words = words if "nowhere" in options else [*words, "--augmentor", augmentor]
     code, _, errors = cli(*SHORT, "--labels", 6, "--out", tmp_path / "out", *words)
     assert code == 2 and says in errors.splitlines()[-1] and "Traceback" not in errors
+    assert not (tmp_path / "out" / "last.pt").exists()                        # said before training
 
 
 def test_a_classifier_is_evaluated_in_bf16(augmentor, tmp_path, cli):
