@@ -20,7 +20,8 @@ counts; it is a plain vision transformer.
     torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt    # the paper's recipe
     python mae.py --task probe --init runs/automae/last.pt      # what is the encoder worth?
 
-Measured with seeds 0 to 3, one thread of an AMD EPYC (seed 3: two), in the last epoch:
+Measured with seeds 0 to 3, all but 3 on the scenes of seed 0 (given as train=), one thread of an AMD EPYC
+(seed 3: two), in the last epoch:
 
     generator's probability, objects over background         4.5  3.2  3.4  2.6
     the same, for its mean map over a batch                  3.1  2.9  2.9  3.0
@@ -30,8 +31,8 @@ others nearly all that the generator learns is where objects tend to lie. This d
 0 one head attends 13 times as much to objects as to background, with seeds 1 and 2 no head more than 2.1
 times. (All but seed 0's three numbers are from before the patch embedding's order of summation changed.)
 
-The reconstruction's gradient changes next to nothing: without it 5.9, 3.2 and 3.4, with it 6.0, 3.2 and 3.4
-(seeds 0 to 2, also from before that change).
+The reconstruction's gradient changes next to nothing: without it the first of these ratios is 5.9, 3.2 and
+3.4, with it 6.0, 3.2 and 3.4 (seeds 0 to 2, 2,500 steps, also from before that change).
 
 Features do not get better: a linear classifier on the mean patch token reaches 0.42, 0.40 and 0.43, with
 random masks (--masking random) 0.44, 0.40 and 0.42, with true boxes 0.21, 0.21 and 0.21, no better than
@@ -173,8 +174,8 @@ class AutoMAE(nn.Module):
         and 0 for others (B, N), or 0 for all.
         """
         # The generator gives every patch a log-probability (section 3.2). Gumbel-softmax adds noise and
-        # normalises: a random soft mask that keeps the gradient. Patch i has its highest entry with exactly
-        # the probability of patch i. The n highest entries are highlighted (details 5 and 7).
+        # normalises: a random soft mask that keeps the gradient. Its highest entry is at patch i with exactly
+        # patch i's probability. The n highest entries are highlighted (details 5 and 7).
         soft_mask = highlighted = hint
         if self.generator is not None:
             soft_mask = F.gumbel_softmax(self.generator(hint).float())
@@ -216,8 +217,8 @@ def load_prior(args, run, train, val):
     out = f"{args.out}/prior"
     path = args.prior or f"{out}/last.pt"
     if not args.prior and not args.resume:                            # with --resume it is complete
-        # One that was interrupted goes on where it stopped, and one that is finished is used as it is. An
-        # older run in OUT ends here.
+        # One that was interrupted goes on where it stopped, and one that is finished is used as it is, unless
+        # --epochs has grown. An older run in OUT ends here.
         goes_on = os.path.exists(path) and not args.overwrite
         run.print(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
         run.clear("args.json")
@@ -249,15 +250,15 @@ def pretrain(args, train=None, val=None):
     train, val = map(label_objects, prepare_data(args, run, train, val))
     if args.masking == "boxes" and torch.as_tensor(train[0][1]).ndim < 2:
         raise UserError("--masking boxes needs maps of objects as labels; scenes have them")
-    prior = generator = None
+    encoder = prior = generator = None
+    if args.init:                                                     # the decoder always starts anew
+        encoder = load_encoder(
+            args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
     if args.masking in ("learned", "attention"):
         prior = load_prior(args, run, train, val)
     torch.manual_seed(args.seed)
     vit_args = VITS[args.model] | dict(patch_size=args.patch)
-    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
-    if args.init:                                                     # the decoder always starts anew
-        encoder = load_encoder(
-            args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
+    encoder = encoder or ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
     decoder = Decoder(encoder, **args.decoder)
     args.vit = encoder.config
     if args.masking == "learned":
@@ -420,7 +421,8 @@ def options():
         help="fraction of patches to hide (paper: 0.75)")
     add("--mask-factor", type=float, default=0.5, help="bonus of highlighted patches (paper: 0.5)")
     add("--adversarial-weight", type=float, default=0.2, help="weight of the box loss (paper: 0.2)")
-    add("--prior", help="ViT for attention, in its patches; None: trained first (paper: MAE, 800 epochs)")
+    add("--prior", help="checkpoint whose attention guides the masks, in patches of its size; None: trained "
+        "first (paper: MAE, 800 epochs)")
     add("--norm-pixels", action=argparse.BooleanOptionalAction,
         help="predict normalised patches (paper: yes)")
     return parser

@@ -246,6 +246,8 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """images (B, C, H, W) → tokens (B, N, D), one per patch, with its position; no class token yet."""
+        if images.shape[2:] != self.img_size:                         # another grid may have as many patches
+            raise UserError(f"the encoder is for images of {self.img_size}, not {tuple(images.shape[2:])}")
         # A product of matrices, because on a GPU the same convolution takes nine times as long.
         projection = self.patch_embed["proj"]
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)     # (D, P·P·C), in patchify's order
@@ -621,18 +623,16 @@ def label_objects(dataset):
     return dataset
 
 
-# A file of a few kB can claim billions of pixels and fill the memory. Pillow looks at what it claims before
-# it decodes, warns above this number and refuses twice as many.
-Image.MAX_IMAGE_PIXELS = 50_000_000
-
-
 def read_image(path):
     """An image file of any kind that Pillow reads → uint8 (3, H, W). Grey, palette, transparent and CMYK
     images become RGB. Grey files of more than 8 bits become float32 with every level kept, scaled so that
-    the file's largest value is 255. Raises OSError or another of Pillow's errors for a broken file."""
+    the file's largest value is 255. Raises OSError or another of Pillow's errors for a broken file or one of
+    more than 179 million pixels."""
     with Image.open(path) as image:
         if image.mode[0] in "IF":
             levels = torch.from_numpy(np.array(image, dtype=np.float32))
+            if not levels.isfinite().all():
+                raise OSError("pixels that are infinite or not a number")
             return (levels * 255 / levels.max().clamp(min=1)).expand(3, -1, -1)
         return v2.functional.pil_to_tensor(image.convert("RGB"))
 
@@ -717,7 +717,8 @@ def labels_of(dataset):
     """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of labels.
     Maps, or several labels per image, count as unknown."""
     labels = None
-    for name in ("_labels", "labels", "targets"):                     # torchvision uses all three
+    of_torchvision = type(dataset).__module__.startswith("torchvision.")
+    for name in ("_labels", "labels", "targets") if of_torchvision else ["targets"]:
         labels = getattr(dataset, name, labels)
     if labels is None:
         labels = [dataset[i][1] for i in range(len(dataset))]
@@ -765,7 +766,7 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     args.in_chans = len(image)
 
     # Without --size, images keep their size, rounded down to whole patches. Those of --data may differ in
-    # size: they become squares with the usual shorter side, but of at most 224 pixels, without CUDA 64.
+    # size: they become squares with the usual shorter side, at most 224 pixels (64 without CUDA).
     sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
         usual = np.median([min(train[i][0].shape[1:]) for i in spread(len(train), 50).tolist()])
@@ -873,9 +874,9 @@ def view_transform(args, train, augment=None):
 
 
 def center_crop(image, size):
-    """image (…, H, W) → its centre (…, *size), cropped before it is resized [not in the paper], in MAE's code
-    after. As in the paper, 7/8 of the shorter side is kept, or all of it if `size` is above 224 pixels. An
-    image that has the size already stays as it is."""
+    """image (…, H, W) → its centre (…, *size). The centre is cut out first, then resized [not in the paper];
+    MAE's code resizes first. As in the paper, 7/8 of the shorter side is kept, or all of it if `size` is
+    above 224 pixels. An image that has the size already stays as it is."""
     if image.shape[-2:] == size:
         return image
     scale = min(image.shape[-2] / size[0], image.shape[-1] / size[1])
@@ -1165,9 +1166,10 @@ class Run:
         if args.resume:
             saved = read_checkpoint(f"{args.out}/last.pt")
             try:
-                for name in ("data", "seed", "batch", "lr"):          # of AutoMAE's prior, MRA's augmentor
-                    if saved["args"][name] != getattr(args, name):
-                        raise ValueError
+                # AutoMAE's prior and MRA's augmentor resume by themselves, whatever the command line says.
+                names = ("data", "seed", "batch", "lr", "limit", "crop")
+                if any(saved["args"][name] != getattr(args, name) for name in names):
+                    raise ValueError
                 for name, part in parts.items():
                     if saved[name]:                                   # {} of a scaler that was not needed
                         part.load_state_dict(saved[name])
@@ -1337,6 +1339,8 @@ class Run:
             )
             self.save_at = now + max(30, 50 * (time.monotonic() - now))
         if stop:
+            if self.world > 1:                                        # torchrun ends all when one has ended
+                dist.barrier()
             self.print(f"stopped and saved at step {self.step}: the same command with --resume goes on")
             raise SystemExit(128 + int(stop))                         # as the shell counts
 

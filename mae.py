@@ -38,9 +38,9 @@ Details that matter
  9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts (table
     1e); hiding patches is augmentation enough.
 10. Every step seeds its random numbers with (seed, step). So a resumed run ends with the same weights as an
-    uninterrupted one [not in the paper]. OUT/last.pt is saved every 30 s, or less often if saving would take
-    more than 2 % of the time. --resume continues from it; later steps are lost. (Repeat --out and --task; all
-    other options come from the checkpoint.)
+    uninterrupted one (on a GPU nearly, as it sums gradients in any order) [not in the paper]. OUT/last.pt is
+    saved every 30 s, or less often if saving would take more than 2 % of the time. --resume continues from
+    it; later steps are lost. (Repeat --out and --task; all other options come from the checkpoint.)
 11. Fine-tuning reads the mean of the patch tokens through a new norm. The linear probe reads the class token,
     but in the small presets the mean patch token [not in the paper].
 12. --task segment reads the last four blocks through one convolution, or with --head conv three
@@ -217,8 +217,8 @@ def prepare(args, run, train=None, val=None, **options):
     ViT. Raises UserError if encoder and images do not fit."""
     encoder = None
     if args.init is not None:
-        # The patch size is always the encoder's. So are size, mean and std of images, unless an option or the
-        # recipe sets them.
+        # The patch size is always the encoder's. So are size, mean and std of images, unless an option sets
+        # them.
         encoder = load_encoder(args.init, img_size=args.size, **options)
         args.size, args.patch = encoder.img_size, encoder.patch_size
         args.mean = args.mean or encoder.mean
@@ -349,7 +349,8 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
 
 def class_names(dataset):
     """→ the names of a dataset's classes; of a dataset without names their numbers."""
-    names = getattr(dataset, "classes", None) or range(int(labels_of(dataset).max()) + 1)
+    names = getattr(dataset, "classes", ())
+    names = names if len(names) else range(int(labels_of(dataset).max()) + 1)
     return [str(name) for name in names]
 
 
@@ -371,13 +372,12 @@ def extract_features(encoder, images, pool):
 def knn(features, labels, queries, num_classes, k=20, temperature=0.07):
     """features (M, D), labels (M,), queries (Q, D) → scores (Q, num_classes): the k nearest by cosine vote,
     each with weight exp(cosine / temperature) [not in the paper]."""
-    features = F.normalize(features).T                                # (D, M)
-    votes = torch.zeros(len(queries), num_classes, device=queries.device)
-    # 250 queries at a time: all Q × M cosines might not fit into memory. `vote` is a view of `votes`.
-    for part, vote in zip(F.normalize(queries).split(250), votes.split(250)):
-        similarity, nearest = (part @ features).topk(min(k, len(labels)))  # (250, k)
-        vote.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
-    return votes
+    features, scores = F.normalize(features).T, []                    # (D, M)
+    for part in F.normalize(queries).split(250):                      # all Q × M cosines might not fit
+        similarity, nearest = (part @ features).topk(min(k, len(labels)))
+        votes = torch.zeros(len(part), num_classes, device=part.device)
+        scores.append(votes.scatter_add(1, labels[nearest], (similarity / temperature).exp()))
+    return torch.cat(scores)
 
 
 def linear(features, labels, queries, num_classes, ridge=10.0):
@@ -427,8 +427,8 @@ def report(encoder, train, val, run):
     untrained = ViT(**encoder.config).to(run.device)
     after = feature_accuracy(linear, encoder, train, ids, val, val_ids, run)
     before = feature_accuracy(linear, untrained, train, ids, val, val_ids, run)
-    run.print(f"a linear classifier on the frozen features: accuracy {after:.3f}, "
-              f"before training {before:.3f}, by chance {1 / len(class_names(train)):.3f}")
+    run.print(f"a linear classifier on the frozen features of {len(ids)} images: accuracy {after:.3f}, "
+              f"an untrained encoder's {before:.3f}, by chance {1 / len(class_names(train)):.3f}")
     run.write_log(step=run.step, linear_trained=after, linear_untrained=before)
 
 
@@ -807,6 +807,8 @@ def segment(args, train=None, val=None):
     # `feature_map` needs neither the head nor the pooling of a classifier.
     options = dict(num_classes=0, global_pool="token", drop_path_rate=args.drop_path)
     encoder, train, val = prepare(args, run, train, val, **options)
+    if val is None:
+        raise UserError("--task segment needs validation images with maps")
     args.classes = [str(name) for name in train.classes]
     if len(args.classes) < 2:
         raise UserError("the maps have fewer than two classes; in ADE20K's layout 0 means unknown")
@@ -907,8 +909,8 @@ def preset(args, kind):
     task = args.task
     data = kind.replace("small", "scenes")                            # small data use the rows of scenes
     classifies = task in ("probe", "finetune")
-    width = None
-    if data == "imagenet" and classifies and args.init is not None:   # the recipe depends on the encoder
+    width = VITS[args.model or "base"]["embed_dim"]                    # the recipe depends on the encoder
+    if data == "imagenet" and classifies and args.init is not None:
         width = load_encoder(args.init).embed_dim
     values = dict(min_lr=0.0)
     for row in (

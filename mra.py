@@ -50,14 +50,14 @@ Details that matter
  4. Predictions can leave the range of pixels and are clipped to 0 … 255.
  5. MRA works after crop and flip, on the device, on many images at once, without gradients.
  6. The augmentor in OUT/augmentor learns on crops as it will paint: the same --crop [not in the paper]. By
-    default it sees 60,000 images, little for photographs: --task augmentor --epochs 20 trains longer, and
-    --augmentor PATH takes the result.
+    default it sees 60,000 small images, rounded up to whole epochs: little for photographs. --task augmentor
+    --epochs 20 trains longer, and --augmentor PATH takes the result.
  7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
     to the background, or to the same places in every image (as on CIFAR-10), and in a small augmentor their
     mean can prefer anything. "low" then hides the object. After its training the augmentor is measured, where
     objects are known.
  8. FixMatch's strong view is another crop of the image than the weak view.
- 9. FixMatch's loss is a mean over all unlabelled images. Where the classifier is unsure, it is 0.
+ 9. FixMatch's loss is a mean over all unlabelled images. Those of which the classifier is unsure count as 0.
 10. FixMatch evaluates the moving average of the weights, batch norm's statistics included.
 """
 
@@ -133,9 +133,9 @@ class MRA(nn.Module):
     frozen, and no gradient passes through it.
 
     mask_strategy: which patches are hidden; mask_ratio: what fraction of all; apply: the probability that an
-    image is augmented. mean, std (C,): the normalisation of incoming images, in pixel values 0 … 255; by
-    default that of the augmentor's training. For images of 0 … 1: [0, 0, 0] and [255, 255, 255].
-    Raises UserError for images of another size than the augmentor's.
+    image is augmented. mean, std: lists of C numbers, the normalisation of incoming images in pixel values
+    0 … 255; by default that of the augmentor's training. For images of 0 … 1: [0, 0, 0] and [255, 255, 255].
+    Raises UserError for images of another size, or with other channels, than the augmentor's.
     """
 
     def __init__(self, encoder, decoder, mask_strategy="low", mask_ratio=0.4, apply=1.0, mean=None,
@@ -147,11 +147,13 @@ class MRA(nn.Module):
         self.probability = apply
 
         # Images may come in normalised in another way than in the augmentor's training. MAE's release does
-        # not say which way that was: by ImageNet's mean and std, as folders of images are.
+        # not say how it was there: with ImageNet's mean and std, which ImageFolder has, too.
         trained_mean = encoder.mean or ImageFolder.mean
         trained_std = encoder.std or ImageFolder.std
-        numbers = torch.tensor([mean or trained_mean, std or trained_std, trained_mean, trained_std])
-        self.register_buffer("normalisation", numbers[..., None, None])  # (4, C, 1, 1)
+        numbers = [mean or trained_mean, std or trained_std, trained_mean, trained_std]
+        if any(len(row) != encoder.in_chans for row in numbers):
+            raise UserError(f"the augmentor is for images of {encoder.in_chans} channels")
+        self.register_buffer("normalisation", torch.tensor(numbers)[..., None, None])  # (4, C, 1, 1)
 
     @classmethod
     def load(cls, path, img_size=None, **options):
@@ -171,9 +173,9 @@ class MRA(nn.Module):
     def attention(self, images):
         """images (B, C, H, W) → (B, N): how much the class token attends to each patch (detail 2)."""
         encoder = self.autoencoder.encoder
-        if images.shape[2:] != encoder.img_size:
-            raise UserError(
-                f"the augmentor is for images of {encoder.img_size}, not {tuple(images.shape[2:])}")
+        if images.shape[1:] != (encoder.in_chans, *encoder.img_size):
+            raise UserError(f"the augmentor is for images of {encoder.in_chans} channels and "
+                            f"{encoder.img_size} pixels, not for {tuple(images.shape)}")
         return encoder.attention_map(self.renormalise(images)).mean(1)
 
     def per_pixel(self, values):
@@ -188,7 +190,7 @@ class MRA(nn.Module):
         painted = unpatchify(prediction, self.autoencoder.encoder.patch_size, images.shape[2:])
         mean, std, trained_mean, trained_std = self.normalisation
         pixels = (painted * trained_std + trained_mean).clamp(0, 255)  # detail 4
-        return ((pixels - mean) / std).to(images.dtype), self.per_pixel(mask) > 0
+        return (pixels - mean) / std, self.per_pixel(mask) > 0
 
     @torch.no_grad()
     def forward(self, images):
@@ -253,8 +255,8 @@ def train_step(run, model, optimizer, loader, loss_of):
 
 def pretrain(args, train=None, val=None):
     """--task augmentor: trains the masked autoencoder, without labels, and draws what it does to images.
-    args: as `main` makes them. train, val: datasets of your own, instead of --data. All tasks take the same
-    arguments."""
+    args: as `main` makes them. train, val: datasets of your own, instead of --data, as all tasks take them:
+    `main([…], train=…, val=…)`."""
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
@@ -285,8 +287,8 @@ def draw(mra, dataset, run):
     args = run.args
     images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
-    brightness = mra.per_pixel(attention / attention.amax(1, True))
-    rows = {"image": images, "attention: the image fades where it is low": images * brightness}
+    faded = images * mra.per_pixel(attention / attention.amax(1, True))
+    rows = {"image": images, "attention: the image fades where it is low": faded}
 
     # One map for all images knows where objects mostly are. Attention has to do better (detail 7).
     noises = {name: strategy(attention) for name, strategy in STRATEGIES.items()}
@@ -307,8 +309,8 @@ def draw(mra, dataset, run):
     run.print(f"images: {args.out}/augmentation.png")
     if kept:
         run.write_log(object_kept=kept)
-        low, random, _, mean_map, *_ = kept.values()
-        if low < max(random, mean_map):
+        low, *others = kept.values()
+        if low < max(others):
             run.print("attention keeps no more of the objects than chance, or than one map for all images: "
                       "train the augmentor longer, or with another --seed")
 
@@ -364,7 +366,7 @@ def labelled_ids(dataset, classes, limit=None, labels=None, imbalance=1):
         # A long tail, as most papers cut it: class k keeps the part imbalance^(−k/(classes−1)) of its images,
         # at least one. So the first class has `imbalance` times as many as the last. The 1e-9 is for
         # rounding: a part that is 9.999… by rounding errors must become 10.
-        part = imbalance ** (-k / max(1, classes - 1))
+        part = imbalance ** (-k / (classes - 1))
         ids.append(members[:max(1, int(len(members) * part + 1e-9))])
     return torch.cat(ids)
 
@@ -433,39 +435,40 @@ def classify(args, train=None, val=None):
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
     args.num_classes = classes = int(labels_of(train).max()) + 1
-    if args.task == "fewshot":
+    semi, fewshot = args.task == "semi", args.task == "fewshot"
+    if fewshot:
         classes -= args.held_out or max(WAYS, classes // 2)
-        if classes < 2:
+        if classes < 2 <= args.num_classes:
             raise UserError(f"--held-out: {classes} of {args.num_classes} classes would be left to train on")
     torch.manual_seed(args.seed)
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
-    if args.task == "fewshot":                                        # too few? say so before training
+    if fewshot:                                                       # too few? say so before training
         labels = labels_of(val)
         episodes(labels[labels >= classes], WAYS, 5, count=1)
-    # On scenes, MRA is always evaluated.
-    needed = "mra" in args.augment or args.augmentor or not args.data
+    # On scenes, MRA is evaluated even if it is not trained with, but not in episodes.
+    needed = "mra" in args.augment or not fewshot and (args.augmentor or not args.data)
     mra = make_augmentor(args, run, train, val) if needed else None
     rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
 
     torch.manual_seed(args.seed)
     model = new_classifier(args)
-    semi = args.task == "semi"
     average = copy.deepcopy(model).to(run.device) if semi else model  # what is evaluated
     wrapped = run.wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
 
-    # A step sees --batch labelled images. FixMatch adds UNLABELLED_RATIO times as many without labels, in two
-    # views. The strong view has another seed, so it is another crop (detail 8). `v2.Identity()`, like
-    # RandAugment, makes `batches` crop images one by one, not eight alike.
     all_ids = spread(len(train), args.limit)
     run.start(
         len(all_ids) // UNLABELLED_RATIO if semi else len(ids),
         classifier=average, model=model, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True, augment=None if semi else rand_augment)
-    strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, UNLABELLED_RATIO))
-    weak_loader = batches(train, training_plan(all_ids, run, UNLABELLED_RATIO), run, train=True)
-    strong_loader = batches(train, strong_plan, run, train=True, augment=rand_augment or v2.Identity())
+    # A step sees --batch labelled images. FixMatch adds UNLABELLED_RATIO times as many without labels, in two
+    # views. The strong view has another seed, so it is another crop (detail 8). `v2.Identity()`, like
+    # RandAugment, makes `batches` crop images one by one, not eight alike.
+    if semi:
+        strong_plan = ((part, seed + 1) for part, seed in training_plan(all_ids, run, UNLABELLED_RATIO))
+        weak_loader = batches(train, training_plan(all_ids, run, UNLABELLED_RATIO), run, train=True)
+        strong_loader = batches(train, strong_plan, run, train=True, augment=rand_augment or v2.Identity())
 
     def loss_of(images, labels):
         if not semi:
@@ -491,7 +494,7 @@ def classify(args, train=None, val=None):
             run.log(top1=result["top1"])
             model.train()
 
-    if args.task == "fewshot":
+    if fewshot:
         result = evaluate_episodes(average, mra, val, classes, run)
         classes = WAYS                                                # among so many an episode chooses
     else:
@@ -508,7 +511,8 @@ def classify(args, train=None, val=None):
                 painted, _ = evaluate(average, val, val_ids, run, mra.forward)
                 result |= {f"{name}_painted_{strategy}": value for name, value in painted.items()}
     if args.baseline and "mra" in args.augment:
-        # FixMatch needs a strong view: without MRA it is RandAugment's, as in the original.
+        # FixMatch needs a strong view. Without MRA it is RandAugment's, as in the original, but of fixed
+        # strength and without Cutout [not in the paper].
         rest = [name for name in args.augment if name != "mra"] or ["randaugment" if semi else "none"]
         result["top1_without_mra"] = run_in_folder(classify, args, "baseline", train, val, augment=rest)
     run.print(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:")
@@ -583,7 +587,7 @@ def evaluate_episodes(model, mra, dataset, first, run):
         views = [images]
         if "mra" in args.augment:
             views.append(mra.forward(images))
-        features.append(torch.stack([F.normalize(model(view)).cpu() for view in views], 1))
+        features.append(torch.stack([F.normalize(model.forward(view)).cpu() for view in views], 1))
     features = torch.cat(features)                                    # (M, 1 or 2 views, D)
 
     result = {}
@@ -639,10 +643,10 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data and task. A row with a task overrides the one without. Small data take the rows of
-# scenes, but where the task comes first, each its own. For "imagenet" the classifier is the paper's, its
-# training is [from memory], and the augmentor has MAE's recipe for 200 epochs [not in the paper], as all
-# else. `updates` is a number of steps, `ema` the part of FixMatch's averaged weights that a step keeps.
+# Defaults by kind of data and task; `preset` says which rows count. For "imagenet" the classifier is the
+# paper's and its training [from memory]. All else is [not in the paper], also the augmentor's recipe, MAE's
+# for 200 epochs. `updates` is a number of steps, `ema` the part of FixMatch's averaged weights that a step
+# keeps.
 PRESETS = {
     "scenes": dict(
         model="nano", crop=0.5,
@@ -650,8 +654,7 @@ PRESETS = {
         ema=0.99),
     "scenes augmentor": dict(updates=1875, batch=32, lr=1.6e-2, weight_decay=0.05),
     "supervised scenes": dict(labels=50, augment=["none"]),
-    "supervised small": dict(updates=2000),
-    "fewshot small": dict(updates=2000),
+    "small": dict(updates=2000),
     "scenes semi": dict(labels=25, updates=700, batch=16, weight_decay=5e-4),
     "imagenet": dict(
         model="light", crop=0.08, size=[224],
@@ -667,9 +670,11 @@ PRESETS = {
 def preset(args, kind):
     """→ the defaults for a kind of data and the task in args. `light` holds those of the augmentor that
     has to be trained first: options for the classifier's training do not count for it."""
+    # Small data have the rows of scenes, but not the one that begins with a task. Later rows override earlier
+    # ones.
     base = kind.replace("small", "scenes")
     values = {}
-    for row in (base, f"{base} {args.task}", f"{args.task} {kind}"):
+    for row in (base, kind, f"{base} {args.task}", f"{args.task} {kind}"):
         values |= PRESETS.get(row, {})
     light = dict(task="augmentor", epochs=None, warmup=None, micro_batch=None) | PRESETS[f"{base} augmentor"]
     return values | dict(light=light)
@@ -686,7 +691,7 @@ def options():
     add("--mask-strategy", choices=STRATEGIES, default="low",
         help="hide patches of low or high attention, or any (paper: low)")
     add("--apply", type=fraction, default=1.0, help="probability that an image is augmented")
-    add("--augmentor", help="checkpoint of a masked autoencoder; left out: one is trained in OUT/augmentor")
+    add("--augmentor", help="checkpoint of a masked autoencoder; left out: --task augmentor in OUT/augmentor")
     add("--augment", nargs="+", choices=("none", "mra", "cutout", "cutmix", "mixup", "randaugment"),
         default=["mra"], help="for training images, one or several (default for scenes, supervised: none)")
     add("--baseline", action="store_true", help="then do the same without MRA, in OUT/baseline")
@@ -700,9 +705,9 @@ def options():
     return parser
 
 
-def main(arguments=None):
+def main(arguments=None, train=None, val=None):
     args = parse_args(options(), "mra", preset, arguments)
-    TASKS[args.task](args)
+    TASKS[args.task](args, train, val)
 
 
 if __name__ == "__main__":

@@ -350,6 +350,18 @@ def test_stopped_and_resumed_it_ends_the_same_bit_for_bit(finished, cli, tmp_pat
         assert f"{log_of(here)[-1][name]:.1f}" in stdout.splitlines()[-1]
 
 
+def test_a_prior_goes_on_only_with_its_own_options_and_a_wrong_path_costs_nothing(finished, cli, tmp_path):
+    here = tmp_path / "run"
+    shutil.copytree(finished[0], here)
+    before = (here / "last.pt").read_bytes()
+    code, _, stderr = cli(*RUN, "--out", here, "--overwrite", "--init", "nowhere.pt")
+    assert code == 2 and "nowhere.pt" in stderr and (here / "last.pt").read_bytes() == before
+    for name in ("last.pt", "args.json"):                                   # as if stopped in its prior
+        (here / name).unlink()
+    code, _, stderr = cli(*RUN, "--out", here, "--crop", 0.5)
+    assert code == 2 and "options" in stderr and not (here / "last.pt").exists()
+
+
 def test_more_epochs_do_not_train_the_prior_further(finished, cli, tmp_path):
     here = tmp_path / "run"
     shutil.copytree(finished[0], here)

@@ -159,6 +159,7 @@ def test_accuracy_is_one_for_queries_that_find_their_image_and_zero_for_those_th
 
 def test_with_all_keys_it_is_plain_attention():
     attention, plain = homologous(8)
+    assert {*attention.parameters()} == {*plain.parameters()}               # shared, not copied
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     torch.testing.assert_close(attention(x), plain(x))
     assert attention.accuracy == 1

@@ -157,8 +157,11 @@ def test_the_augmentors_loss_is_the_error_of_hidden_pixels():
 
 
 def test_images_of_another_size_are_refused_and_positions_resized(tmp_path):
-    with pytest.raises(common.UserError, match=r"\(16, 16\)"):
-        tiny()(random_images(2, (6, 6)))
+    for images in (random_images(2, (6, 6)), random_images(2)[:, :1]):
+        with pytest.raises(common.UserError, match=r"\(16, 16\)"):
+            tiny()(images)
+    with pytest.raises(common.UserError, match="3 channels"):
+        tiny(mean=[120.0], std=[60.0])
     model = tiny()
     encoder, decoder = model.autoencoder.encoder, model.autoencoder.decoder
     parts = dict(encoder=encoder.state_dict(), decoder=decoder.state_dict())
@@ -483,9 +486,11 @@ def test_fewshot_never_trains_on_the_classes_it_is_tested_on(augmentor, tmp_path
     monkeypatch.setattr(
         mra, "augment", lambda args, model, images, labels: seen.append(labels) or augment(
             args, model, images, labels))
-    words = ["--task", "fewshot", "--limit", "200", "--epochs", "1", "--augmentor", augmentor]
-    mra.main([*SHORT, *words, "--out", f"{tmp_path}/run"])
+    words = ["--task", "fewshot", "--limit", "200", "--epochs", "1", "--augment", "none"]
+    scenes = common.Scenes(240, 16), common.Scenes(240, 16, first=1000)
+    mra.main([*SHORT, *words, "--out", f"{tmp_path}/run"], *scenes)
     assert set(torch.cat(seen).tolist()) == set(range(5))
+    assert not (tmp_path / "run" / "augmentor").exists()               # nothing would use it
 
 
 def test_without_an_augmentor_one_is_trained_first_and_not_twice(cli, tmp_path, monkeypatch):
