@@ -7,8 +7,8 @@ features. AutoMAE learns which ones, image by image. A frozen transformer, train
 attention is high where something is. A small generator turns them into a probability for each patch, from
 which a mask is drawn. Two forces train the generator. A discriminator compares its masks with random boxes,
 because objects are compact, and pulls it towards masks that look like a box. And the loss of reconstruction
-flows back through the drawn mask, which keeps the task from becoming impossible. In the end only the encoder
-counts; it is a plain vision transformer.
+flows back through the drawn mask: in the paper, to keep the task from getting too hard (here it changes next
+to nothing). In the end only the encoder counts; it is a plain vision transformer.
 
     images ──► frozen ViT ──► attention ──► GENERATOR ──► probability ──► soft mask ──► DISCRIMINATOR: a box?
     (B,C,H,W)                 (B,heads,N)                 (B,N)           (B,N) drawn
@@ -20,8 +20,8 @@ counts; it is a plain vision transformer.
     torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt    # the paper's recipe
     python mae.py --task probe --init runs/automae/last.pt      # what is the encoder worth?
 
-Measured with seeds 0 to 3, all but 3 on the scenes of seed 0 (given as train=), one thread of an AMD EPYC
-(seed 3: two), in the last epoch:
+Measured in the last epoch, on an AMD EPYC: seeds 0, 1 and 2 (the scenes of seed 0, given as train=; one
+thread) and seed 3 (its own scenes; two threads):
 
     generator's probability, objects over background         4.5  3.2  3.4  2.6
     the same, for its mean map over a batch                  3.1  2.9  2.9  3.0
@@ -29,10 +29,10 @@ Measured with seeds 0 to 3, all but 3 on the scenes of seed 0 (given as train=),
 The mean map only knows where objects tend to lie. So with seed 0 the look at the single image helps; with the
 others nearly all that the generator learns is where objects tend to lie. This depends on the prior: with seed
 0 one head attends 13 times as much to objects as to background, with seeds 1 and 2 no head more than 2.1
-times. (All but seed 0's three numbers are from before the patch embedding's order of summation changed.)
+times. (Only seed 0's 4.5, 3.1 and 13 are from after the patch embedding's order of summation changed.)
 
-The reconstruction's gradient changes next to nothing: without it the first of these ratios is 5.9, 3.2 and
-3.4, with it 6.0, 3.2 and 3.4 (seeds 0 to 2, 2,500 steps, also from before that change).
+The reconstruction's gradient changes next to nothing: before that change, the first ratio was 5.9, 3.2 and
+3.4 without it (seeds 0 to 2), and 6.0, 3.2 and 3.4 with it.
 
 Features do not get better: a linear classifier on the mean patch token reaches 0.42, 0.40 and 0.43, with
 random masks (--masking random) 0.44, 0.40 and 0.42, with true boxes 0.21, 0.21 and 0.21, no better than
@@ -101,16 +101,16 @@ def make_discriminator(grid):
     """→ a module: soft mask (B, N) → scores (B, 1 or more), near 1 for a random box, near 0 for a mask of the
     generator (section 3.2). Spectral norm divides the weights of a layer by their largest singular
     value, so that scores change gently. No biases (detail 1)."""
-    # 14×14 patches become 7×7, 3×3, and one score. Sides of 2 to 11 patches need a border in the last layer,
-    # of 2 or 3 a wider one before [not in the paper].
-    border = int(min(grid) < 12)
+    # 14×14 patches become 7×7, 3×3, and one score. Sides of 2 to 11 patches need padding in the last layer,
+    # of 2 or 3 more of it before [not in the paper].
+    padding = int(min(grid) < 12)
     return nn.Sequential(
         nn.Unflatten(1, (1, *grid)),                                  # (B, 1, h, w)
-        spectral_norm(nn.Conv2d(1, 16, 4, 2, 1, bias=False)),         # kernel 4×4, stride 2, border 1
+        spectral_norm(nn.Conv2d(1, 16, 4, 2, 1, bias=False)),         # kernel 4×4, stride 2, padding 1
         nn.LeakyReLU(0.2),
         spectral_norm(nn.Conv2d(16, 32, 4, 2, 1 + (min(grid) < 4), bias=False)),
         nn.LeakyReLU(0.2),
-        spectral_norm(nn.Conv2d(32, 1, 3, padding=border, bias=False)),
+        spectral_norm(nn.Conv2d(32, 1, 3, padding=padding, bias=False)),
         nn.Flatten(),
     )
 
@@ -119,10 +119,10 @@ def random_boxes(batch, grid, device):
     """→ (B, N), each row sums to 1: what the discriminator takes for real, a rectangle of random size and
     place in noise (detail 8)."""
     h, w = grid
-    margin = round(4 / 14 * w)
+    narrowest = round(4 / 14 * w)
     u, v, x, y = torch.rand(4, batch, 1, device=device)
-    area = h * w * (39 + 121 * u) / 196                               # with `ceil` below: 40 to 160 of 196
-    width = (margin + v * (w - 2 * margin + 1)).floor()               # from margin to w − margin
+    area = h * w * (39 + 121 * u) / 196                               # with `ceil` below: 40 to 160 of 14×14
+    width = (narrowest + v * (w - 2 * narrowest + 1)).floor()         # from narrowest to w − narrowest
     height = (area / width).ceil().clamp(max=h)
 
     place = torch.arange(h * w, device=device)
@@ -163,8 +163,8 @@ class AutoMAE(nn.Module):
         self.generator = generator
         self.norm_pixels = norm_pixels
         self.mask_factor = mask_factor
-        self.places = encoder.grid[0] * encoder.grid[1]               # N
-        self.visible = max(1, int(self.places * (1 - mask_ratio)))    # n
+        self.num_patches = encoder.grid[0] * encoder.grid[1]          # N
+        self.visible = max(1, int(self.num_patches * (1 - mask_ratio)))# n
 
     def forward(self, images, hint):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
@@ -183,7 +183,7 @@ class AutoMAE(nn.Module):
 
         # Rank patches by a random number, as MAE does, plus a bonus for the highlighted ones. The patches at
         # the top are hidden (detail 6).
-        noise = torch.rand(len(images), self.places, device=images.device)
+        noise = torch.rand(len(images), self.num_patches, device=images.device)
         score = noise + self.mask_factor * highlighted                # (B, N)
         ids_keep, ids_restore, mask = hide(score, self.visible)
 
@@ -217,18 +217,18 @@ def load_prior(args, run, train, val):
     out = f"{args.out}/prior"
     path = args.prior or f"{out}/last.pt"
     if not args.prior and not args.resume:                            # with --resume it is complete
-        # One that was interrupted goes on where it stopped, and one that is finished is used as it is, unless
-        # --epochs has grown. An older run in OUT ends here.
+        # An unfinished prior is trained to its end; a finished one is used as it is, unless --epochs has
+        # grown.
         goes_on = os.path.exists(path) and not args.overwrite
         run.print(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
-        run.clear("args.json")
+        run.clear("args.json")                                        # removes an older run from OUT
         options = vars(args) | dict(masking="random", out=out, resume=goes_on, overwrite=not goes_on)
         pretrain(argparse.Namespace(**options), train, val)
         if run.world > 1:                                             # until process 0 has written it
             dist.barrier()
     prior = load_encoder(path, img_size=args.size, in_chans=args.in_chans)
     args.patch = prior.patch_size                                     # a hint for each patch
-    prior.forward = prior.attention_map                               # this is what `wrap` compiles
+    prior.forward = prior.attention_map                               # prior(images) → (B, heads, N)
     return run.wrap(prior.eval().requires_grad_(False))
 
 
@@ -340,10 +340,10 @@ def pretrain(args, train=None, val=None):
 
 
 @torch.no_grad()
-def where_it_hides(model, hint, mask, masks):
+def where_it_hides(model, hint, mask, objects):
     """Foreground masks bool (B, H, W) → values for the log: the part of foreground and of background that is
     hidden; how many times as high the generator's probability and the prior's attention are on foreground."""
-    foreground = F.adaptive_avg_pool2d(masks.float(), model.encoder.grid).flatten(1)   # (B, N), parts of 1
+    foreground = F.adaptive_avg_pool2d(objects.float(), model.encoder.grid).flatten(1)   # (B, N), parts of 1
 
     def means(values):
         # 1e-6: there may be none.
@@ -366,11 +366,11 @@ def where_it_hides(model, hint, mask, masks):
 @torch.no_grad()
 def draw(model, prior, dataset, run):
     """Writes OUT/masks.png: images; where the prior looks and what the generator makes of it, as contrast;
-    what the encoder sees; what the decoder predicts, with norm_pixels normalised patches."""
+    what the encoder sees; what the decoder predicts (normalised patches, if norm_pixels)."""
     encoder, args = model.encoder, run.args
     images, labels = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
     hint = find_hint(args, prior, images, labels, model)
-    _, prediction, mask, _ = model.forward(images, hint)
+    _, prediction, mask, _ = model.forward(images, hint)              # .forward: not compiled for this size
 
     patches = patchify(images, encoder.patch_size)                    # (B, N, P·P·C)
     hidden = mask[..., None]                                          # (B, N, 1)
@@ -391,7 +391,7 @@ def draw(model, prior, dataset, run):
 
 # Defaults by kind of data, for the prior as well. ImageNet gets the paper's recipe. Scenes and small data
 # take minutes on a CPU [not in the paper]; `updates` is their number of steps.
-MINUTES = dict(
+SMALL = dict(
     model="nano",
     decoder=dict(embed_dim=64, depth=1, num_heads=4),
     norm_pixels=False,
@@ -401,7 +401,7 @@ MINUTES = dict(
     lr=2.4e-2)
 IMAGENET = dict(
     model="base",
-    decoder={},                                                       # as large as `Decoder` is by default
+    decoder={},                                                       # `Decoder`'s defaults are MAE's
     norm_pixels=True,
     size=[224],
     crop=0.2,
@@ -433,7 +433,7 @@ def main(arguments=None, train=None, val=None):
     pretrain(parse_args(
         options(),
         "automae",
-        lambda args, kind: IMAGENET if kind == "imagenet" else MINUTES,
+        lambda args, kind: IMAGENET if kind == "imagenet" else SMALL,
         arguments), train, val)
 
 

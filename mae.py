@@ -12,6 +12,9 @@ pre-training is about three times as fast as with all of them (paper; here 2.4).
     (B,C,H,W)  (B,N,D)  │   (B,n,D)         heavy   (B,1+n,D)  │   (B,1+N,d)   light      (B,N,P·P·C)  hidden
                         └─► hidden 75 % ─► a mask token for each                                       patches
 
+B images of C channels and H×W pixels, N patches of P×P pixels, n of them visible; a token has D numbers in
+the encoder, d in the decoder.
+
     python mae.py                                          # scenes drawn by this project, minutes on a CPU
     python mae.py --data fashion-mnist --out runs/fashion  # a torchvision dataset
     python mae.py --data ~/photos --out runs/photos        # a folder of images
@@ -19,15 +22,14 @@ pre-training is about three times as fast as with all of them (paper; here 2.4).
     python mae.py --task finetune --init runs/mae/last.pt  # evaluate it; also probe, knn, segment
 
 Measured with the first command, seed 0, on two cores of an AMD EPYC: 3 min 16 s; a linear classifier on the
-frozen encoder's mean patch token has accuracy 0.61 (untrained encoder: 0.22, chance: 0.10). In timm, with
-saved = torch.load(…/last.pt): VisionTransformer(**saved["args"]["vit"]).load_state_dict(saved["encoder"]).
+frozen encoder's mean patch token has accuracy 0.61 (untrained encoder: 0.22, chance: 0.10).
 
 Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
  2. Patches are chosen by ranking random numbers, so every image keeps exactly n = int(N · 0.25) of them: a
     dense batch, without padding.
  3. The encoder never sees a mask token. With them it is three times as slow, and worse: 84.2 instead of
-    84.9 % (table 1c).
+    84.9 % accuracy, fine-tuned (table 1c).
  4. The loss is the mean over hidden patches only. Visible ones are easy to copy and teach nothing.
  5. The target is each patch normalised by its own mean and variance (table 1d); as in MAE's code the variance
     is unbiased, plus 1e-6. The small presets predict plain pixels [not in the paper].
@@ -38,7 +40,7 @@ Details that matter
  9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts (table
     1e); hiding patches is augmentation enough.
 10. Every step seeds its random numbers with (seed, step). So a resumed run ends with the same weights as an
-    uninterrupted one (on a GPU nearly, as it sums gradients in any order) [not in the paper]. OUT/last.pt is
+    uninterrupted one (on a GPU nearly: its sums have no fixed order) [not in the paper]. OUT/last.pt is
     saved every 30 s, or less often if saving would take more than 2 % of the time. --resume continues from
     it; later steps are lost. (Repeat --out and --task; all other options come from the checkpoint.)
 11. Fine-tuning reads the mean of the patch tokens through a new norm. The linear probe reads the class token,
@@ -106,9 +108,9 @@ def block_noise(batch, grid, device, rectangles=24):
     # hidden only in part: its first patches in reading order stay visible, so the count is exact
     # [not in the paper].
     rank = torch.arange(rectangles, 0, -1, device=device)
-    covered = covered * rank[:, None, None]
-    order = torch.linspace(0, 0.9, rows * columns, device=device)
-    return covered.amax(dim=1).flatten(1) + order
+    number = (covered * rank[:, None, None]).amax(dim=1).flatten(1)   # (B, N)
+    order = torch.linspace(0, 0.9, rows * columns, device=device)     # less than 1: for equal numbers alone
+    return number + order
 
 
 MASKINGS = {"random": random_noise, "grid": grid_noise, "block": block_noise}
@@ -120,7 +122,7 @@ def hide(noise, visible):
     visible, or none hidden."""
     if not 0 < visible < noise.shape[1]:
         raise UserError(f"{visible} of {noise.shape[1]} patches would be visible: change the mask ratio")
-    # Sorting by noise shuffles the patches: visible ones first. Sorting that permutation inverts it:
+    # argsort by noise shuffles the patches, visible ones first. The argsort of a permutation is its inverse:
     # ids_restore[i] is the place of patch i in the shuffled order. Without it neither the decoder nor the
     # loss would know which prediction belongs to which patch. For example, noise .9 .1 .5 gives ids_shuffle
     # 1 2 0 and ids_restore 2 0 1.
@@ -157,19 +159,19 @@ class MAE(nn.Module):
 
         # Choose what to hide. Ranking random numbers gives every image exactly n visible patches (detail 2).
         num_patches = tokens.shape[1]
-        len_keep = int(num_patches * (1 - mask_ratio))
+        visible = int(num_patches * (1 - mask_ratio))
         if mask is not None:
-            len_keep = num_patches - int(mask[0].sum())
-            if (mask.sum(dim=1) != num_patches - len_keep).any():
+            visible = num_patches - int(mask[0].sum())
+            if (mask.sum(dim=1) != num_patches - visible).any():
                 raise UserError("the mask has to hide equally many patches in every image")
             noise = mask.float()                                      # 0 where visible: the lowest stay
         elif noise is None:
             noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
-        ids_keep, ids_restore, mask = hide(noise, len_keep)           # (B, n), (B, N), (B, N)
+        ids_keep, ids_restore, mask = hide(noise, visible)           # (B, n), (B, N), (B, N)
 
-        # Hidden patches are dropped here: of every image only the n tokens in ids_keep go on. The encoder
-        # puts its class token before them and sees nothing else, a quarter of all tokens. This line is where
-        # the paper's threefold speed-up comes from; no mask token ever reaches the encoder (detail 3).
+        # Hidden patches are dropped here: of every image only the n tokens in ids_keep go on, a quarter of
+        # all, after a class token. This line is where the paper's threefold speed-up comes from; no mask
+        # token ever reaches the encoder (detail 3).
         latent = self.encoder.encode(gather_tokens(tokens, ids_keep))  # (B, 1+n, D), class token first
 
         # The decoder puts its mask token wherever a patch was hidden, brings all tokens back into the
@@ -214,7 +216,7 @@ class MAE(nn.Module):
 
 def prepare(args, run, train=None, val=None, **options):
     """→ the encoder of --init, or a new one, and the training and validation dataset. options: arguments of
-    ViT. Raises UserError if encoder and images do not fit."""
+    ViT. Writes size, patch, mean and std into args. Raises UserError if encoder and images do not fit."""
     encoder = None
     if args.init is not None:
         # The patch size is always the encoder's. So are size, mean and std of images, unless an option sets
@@ -252,20 +254,19 @@ def pretrain(args, train=None, val=None):
             run.print(f"the decoder starts anew: {error}")
     args.decoder = decoder.config
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
-    # To the device; compiled; DDP. The mask ratio is given so that `wrap` counts FLOPs.
+    # To the device; compiled; DDP. With the other arguments of `forward`, `wrap` also measures how well a GPU
+    # is used.
     wrapped = run.wrap(model, args.mask_ratio)
     groups = decay_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
     # From here on the run writes into --out. With --resume it continues where the checkpoint stands.
     ids = spread(len(train), args.limit)
-    run.start(
-        len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
+    run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)
     for step in run.steps():
-        # Up in a straight line for --warmup epochs, then down half a cosine to zero (detail 6). The recipe
-        # for ImageNet with --batch 1024: 1.2e-8 in step 0, 6e-4 at the end of warm-up, practically 0 in the
-        # last step.
+        # Up in a straight line for --warmup epochs, then down half a cosine to zero (detail 6). The paper's
+        # recipe: 1.9e-7 in step 0, 2.4e-3 at the end of warm-up, practically 0 in the last step.
         peak = args.lr * args.batch / 256
         lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
         for group in optimizer.param_groups:
@@ -273,7 +274,8 @@ def pretrain(args, train=None, val=None):
 
         # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.
         for i in range(run.accumulate):
-            images, _ = next(loader)                              # (b, C, H, W), cropped, flipped, normalised
+            # (b, C, H, W), cropped, flipped, normalised; `batches` also sets torch's seed (detail 10).
+            images, _ = next(loader)
             wrapped.require_backward_grad_sync = i == run.accumulate - 1  # DDP averages gradients once a step
             with run.autocast:
                 loss, _, _ = wrapped(images, args.mask_ratio)

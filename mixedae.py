@@ -23,8 +23,9 @@ it is a plain vision transformer.
 
 Measured on scenes, one thread of an AMD EPYC, 7.5 minutes with other jobs running. Default run, seed 0: 0.26,
 0.49, 0.51 and 0.52 of the chosen keys come from the same image, block by block (chance: 0.24). Accuracy of a
-linear classifier (mae.linear) on the frozen mean patch token, seeds from 0 on, at 2,500 steps all on the
-scenes of seed 0 (given as train=), measured when the patch embedding summed in another order:
+linear classifier (mae.linear) on the frozen mean patch token, a number for each seed from 0 on, from before
+the patch embedding's order of summation changed (at 2,500 steps all on the scenes of seed 0, given as
+train=):
 
                                 5,000 steps              2,500 steps (--epochs 2)
     MAE                         0.629 0.533 0.586        0.437 0.399 0.418
@@ -34,7 +35,8 @@ scenes of seed 0 (given as train=), measured when the patch embedding summed in 
     without projection head                              0.380 0.325 0.349
 
 So on scenes naive mixing does no harm, early on it even helps, and nothing beats it clearly. Segments make
-recognition easy: the contrastive loss reaches its minimum, 2.72.
+recognition easy: the contrastive loss reaches its minimum, 2.72, with a cosine of 1 between tokens of one
+image and −1/3 between others.
 
 Details that matter
 1. One random order of the places is cut into as many parts as a group has images: each place has one owner.
@@ -58,7 +60,7 @@ Details that matter
 
 import argparse
 
-from common import (  # before torch: it sets how threads wait
+from common import (                                                  # before torch: it sets how threads wait
     VITS, Attention, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, learning_rate,
     load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, shared_options, spread,
     to_pixels, training_plan, unpatchify)
@@ -71,18 +73,18 @@ from torch import nn
 
 def divide_places(noise, members, visible, turns=1):
     """noise (G, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N), as in MAE, for B = turns·G·M images:
-    each of the M = `members` images of a group owns n = `visible` of the N places. Row order: turn, group,
-    member.
+    each of the M = `members` images of a group owns n = `visible` of the N places. G is the number of groups.
+    Row order: turn, group, member.
 
     In every further turn each image takes over the places of the next one. After M turns it has owned every
     place once: --mixing full [from memory].
     """
     # Rank the places of each group at random. Member m owns ranks m·n to (m+1)·n − 1 (detail 1). Subtracting
     # m·n, modulo N, moves them to the front: that is MAE's ids_restore. Turn t shifts by t·n more.
-    rank = noise.argsort().argsort()[:, None]                               # (G, 1, N)
-    member = torch.arange(members, device=noise.device)[:, None]            # (M, 1)
+    rank = noise.argsort().argsort()[:, None]                         # (G, 1, N)
+    member = torch.arange(members, device=noise.device)[:, None]      # (M, 1)
     turned = [rank - visible * (member + turn) for turn in range(turns)]
-    ids_restore = torch.cat(turned).flatten(0, 1) % noise.shape[1]          # (B, N)
+    ids_restore = torch.cat(turned).flatten(0, 1) % noise.shape[1]    # (B, N)
     return ids_restore.argsort()[:, :visible], ids_restore, (ids_restore >= visible).float()
 
 
@@ -93,7 +95,8 @@ def homologous_pairs(scores, visible):
     different tokens of one image; different, bool (N, N): two different tokens."""
     token = torch.arange(scores.shape[-1], device=scores.device)
     different = token[:, None] != token
-    return (token[:, None] // visible == token // visible) & different, different
+    owner = token // visible
+    return (owner[:, None] == owner) & different, different
 
 
 class HomologousAttention(Attention):
@@ -108,7 +111,7 @@ class HomologousAttention(Attention):
 
     def __init__(self, plain, top_k, visible):
         super().__init__(plain.proj.in_features, plain.num_heads)
-        self.qkv, self.proj = plain.qkv, plain.proj                         # shared, not copied
+        self.qkv, self.proj = plain.qkv, plain.proj                   # shared, not copied
         self.top_k = top_k
         self.visible = visible
 
@@ -116,7 +119,7 @@ class HomologousAttention(Attention):
         """Queries and keys (B, H, 1+N, D/H) → bool (B, H, 1+N, 1+N), true where a query sees a key."""
         # Each query sees the keys of its K highest scores among patches, with ties (detail 3). Dividing by √d
         # would change nothing.
-        scores = (q @ k.mT)[..., 1:, 1:]                                    # (B, H, N, N)
+        scores = (q @ k.mT)[..., 1:, 1:]                              # (B, H, N, N)
         seen = scores >= scores.topk(self.top_k, sorted=False).values.amin(-1, True)
 
         # How good is the choice? The network never sees this number.
@@ -140,9 +143,9 @@ def contrastive_loss(tokens, visible, temperature=0.25):
 
         − mean_i mean_j log( exp(cos_ij / τ) / Σ_{l≠i} exp(cos_il / τ) )
     """
-    with torch.autocast(tokens.device.type, enabled=False):                 # bf16 has two to three digits
+    with torch.autocast(tokens.device.type, enabled=False):           # bf16 has two to three digits
         tokens = F.normalize(tokens.float(), dim=-1)
-        similarity = tokens @ tokens.mT / temperature                       # (G, N, N)
+        similarity = tokens @ tokens.mT / temperature                 # (G, N, N)
     positive, different = homologous_pairs(similarity, visible)
     log_probability = similarity.masked_fill(~different, -torch.inf).log_softmax(dim=-1)
     # Every token has n − 1 positives, so one division takes both means.
@@ -167,23 +170,23 @@ class MixedAE(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.norm_pixels = norm_pixels
-        self.members = members                                              # M
+        self.members = members                                        # M
         self.turns = members if full else 1
         self.contrastive_weight = contrastive_weight
-        self.places = encoder.pos_embed.shape[1] - 1                        # N
-        self.visible = self.places // members                               # n
-        if self.places % members or self.visible < 2:
+        self.num_patches = encoder.pos_embed.shape[1] - 1             # N
+        self.visible = self.num_patches // members                    # n
+        if self.num_patches % members or self.visible < 2:
             raise UserError(
-                f"{self.places} patches are too few for {members} images, or do not divide among them: "
+                f"{self.num_patches} patches are too few for {members} images, or do not divide among them: "
                 f"see --size and --mix-ratio")
 
         # A vector for each member of a group (detail 6). A name that ends in _token is spared weight decay.
-        width = encoder.embed_dim                                           # D
+        width = encoder.embed_dim                                     # D
         vectors = 0.1 * torch.randn(members, 1, width)
         self.segments = nn.ParameterDict({"segment_token": vectors} if segments else {})
 
         # The encoder's weights, behind another attention (detail 5).
-        top_k = self.visible if homologous else self.places
+        top_k = self.visible if homologous else self.num_patches
         for block in encoder.blocks:
             block.attn = HomologousAttention(block.attn, top_k, self.visible)
 
@@ -199,30 +202,30 @@ class MixedAE(nn.Module):
         """
         # Divide the places of each group among its images. With `full` every turn uses all images.
         if noise is None:
-            noise = torch.rand(len(images) // self.members, self.places, device=images.device)
+            noise = torch.rand(len(images) // self.members, self.num_patches, device=images.device)
         ids_keep, ids_restore, mask = divide_places(noise, self.members, self.visible, self.turns)
-        images = images.repeat(self.turns, 1, 1, 1)                         # (B, C, H, W)
+        images = images.repeat(self.turns, 1, 1, 1)                   # (B, C, H, W)
 
         # Every patch becomes a token with its position. Each image keeps the tokens at the places it owns
         # (detail 2).
-        tokens = gather_tokens(self.encoder.embed(images), ids_keep)        # (B, n, D)
+        tokens = gather_tokens(self.encoder.embed(images), ids_keep)  # (B, n, D)
 
         # All tokens of an image get its segment: without it, only what patches look like could tell images
         # apart. Then the images of a group become one sequence, member after member.
-        tokens = tokens.unflatten(0, (-1, self.members))                    # (G, M, n, D)
+        tokens = tokens.unflatten(0, (-1, self.members))              # (G, M, n, D)
         if self.segments:
-            vectors = self.segments.segment_token                           # (M, 1, D)
+            vectors = self.segments.segment_token                     # (M, 1, D)
             tokens = tokens + vectors - vectors.mean(0)
 
         # The encoder runs once for M images. Inside, each query chooses its keys (HomologousAttention).
-        latent = self.encoder.encode(tokens.flatten(1, 2))                  # (G, 1+N, D), class token first
+        latent = self.encoder.encode(tokens.flatten(1, 2))            # (G, 1+N, D), class token first
 
         # Un-mix: each image gets its tokens back, and a copy of the class token (detail 7). The decoder is
         # MAE's.
         class_tokens = latent[:, :1].repeat_interleave(self.members, 0)
         patches = latent[:, 1:].unflatten(1, (self.members, -1)).flatten(0, 1)
-        unmixed = torch.cat([class_tokens, patches], dim=1)                 # (B, 1+n, D)
-        prediction = self.decoder(unmixed, ids_restore)                     # (B, N, P·P·C)
+        unmixed = torch.cat([class_tokens, patches], dim=1)           # (B, 1+n, D)
+        prediction = self.decoder(unmixed, ids_restore)               # (B, N, P·P·C)
 
         # L = L_rec + λ · L_hom: MAE's loss, and one that makes tokens of one image alike.
         values = dict(
@@ -234,12 +237,12 @@ class MixedAE(nn.Module):
 
     def loss(self, images, prediction, mask):
         """Mean squared error over hidden patches only, as in MAE."""
-        target = patchify(images, self.encoder.patch_size).float()          # (B, N, P·P·C)
+        target = patchify(images, self.encoder.patch_size).float()    # (B, N, P·P·C)
         if self.norm_pixels:
             mean = target.mean(-1, keepdim=True)
             variance = target.var(-1, keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
-        error = (prediction.float() - target).square().mean(dim=-1)         # (B, N)
+        error = (prediction.float() - target).square().mean(dim=-1)   # (B, N)
         return (error * mask).sum() / mask.sum()
 
 
@@ -257,7 +260,7 @@ def pretrain(args, train=None, val=None):
     torch.manual_seed(args.seed)
     vit_args = VITS[args.model] | dict(patch_size=args.patch)
     encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
-    if args.init:                                                           # the decoder always starts anew
+    if args.init:                                                     # the decoder always starts anew
         encoder = load_encoder(
             args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
     decoder = Decoder(encoder, **args.decoder)
@@ -271,7 +274,8 @@ def pretrain(args, train=None, val=None):
         args.segments,
         args.homologous_attention,
         args.contrastive_weight)
-    # To the device; compiled; DDP. None is `noise`, given so that `wrap` counts FLOPs.
+    # To the device; compiled; DDP. With the other arguments of `forward`, here noise=None, `wrap` also
+    # measures how well a GPU is used.
     wrapped = run.wrap(model, None)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
@@ -289,8 +293,8 @@ def pretrain(args, train=None, val=None):
 
         # One step sees --batch images. A process takes its part in micro-batches, and the gradients add up.
         for i in range(run.accumulate):
-            images, _ = next(loader)                                        # (b, C, H, W), detail 10
-            wrapped.require_backward_grad_sync = i == run.accumulate - 1    # DDP averages once a step
+            images, _ = next(loader)                                  # (b, C, H, W), detail 10
+            wrapped.require_backward_grad_sync = i == run.accumulate - 1  # DDP averages gradients once a step
             with run.autocast:
                 loss, _, _, values = wrapped(images)
             run.scaler.scale(loss / run.accumulate).backward()
@@ -304,7 +308,7 @@ def pretrain(args, train=None, val=None):
     if run.rank == 0:
         draw(model, val or train, run)
     best = max(run.history[-1]["topk_accuracy"])
-    chance = (model.visible - 1) / (model.places - 1)
+    chance = (model.visible - 1) / (model.num_patches - 1)
     run.print(
         f"in the best block {best:.2f} of the chosen keys come from the same image, by chance {chance:.2f}")
 
@@ -312,32 +316,32 @@ def pretrain(args, train=None, val=None):
 @torch.no_grad()
 def draw(model, dataset, run):
     """Writes OUT/mixture.png, a column for each image of a group: the image; its places in the mixture; where
-    one of its patches looks in the last block, before and after TopK; the reconstruction, with norm_pixels of
-    normalised patches."""
+    one of its patches looks in the last block, before and after TopK; the reconstruction (of normalised
+    patches, if norm_pixels)."""
     encoder = model.encoder
     attention = encoder.blocks[-1].attn
-    inputs = []                                                             # of the last attention
+    inputs = []                                                       # of the last attention
     attention.register_forward_pre_hook(lambda module, arguments: inputs.extend(arguments))
     # Far apart: folders are sorted by class, and neighbours look alike.
     ids = torch.linspace(0, len(dataset) - 1, model.members).long()
     images, _ = next(batches(dataset, [(ids, run.args.seed)], run))
-    noise = torch.rand(1, model.places, device=run.device)
-    model.turns = 1                                                         # one mixture is enough
+    noise = torch.rand(1, model.num_patches, device=run.device)
+    model.turns = 1                                                   # one mixture is enough
     _, prediction, mask, _ = model.forward(images, noise)
 
-    patches = patchify(images, encoder.patch_size)                          # (M, N, P·P·C)
-    owned = 1 - mask[..., None]                                             # (M, N, 1)
-    mixture = (patches * owned).sum(dim=0)                                  # (N, P·P·C)
+    patches = patchify(images, encoder.patch_size)                    # (M, N, P·P·C)
+    owned = 1 - mask[..., None]                                       # (M, N, 1)
+    mixture = (patches * owned).sum(dim=0)                            # (N, P·P·C)
     rows = {"image": patches, "its places in the mixture": mixture * (0.2 + 0.8 * owned)}
 
     # The first token of each image is the query: row 1 + m·n. `order` brings keys from the sequence's order
     # into the image's.
     order = divide_places(noise, model.members, model.visible)[0].flatten().argsort()
-    weights = attention.weights(inputs[0])                                  # (1, H, 1+N, 1+N)
+    weights = attention.weights(inputs[0])                            # (1, H, 1+N, 1+N)
     seen = attention.choose(*attention.project(inputs[0])[:2])
     for title, shown in (("all keys", weights), ("TopK", weights * seen)):
-        light = shown[0].mean(dim=0)[1::model.visible, 1:][:, order]        # (M, N)
-        light = F.normalize(light, torch.inf)                               # 1 where it is highest
+        light = shown[0].mean(dim=0)[1::model.visible, 1:][:, order]  # (M, N)
+        light = F.normalize(light, torch.inf)                         # 1 where it is highest
         rows[f"attention of one of its patches, {title}"] = mixture * light[..., None]
 
     rows["reconstruction"] = patches * owned + prediction * (1 - owned)
@@ -351,19 +355,19 @@ def draw(model, dataset, run):
 
 # Defaults by kind of data. Scenes and small datasets take minutes on a CPU [not in the paper]; `updates` is
 # the number of steps. ImageNet gets MAE's recipe, as in the paper.
-MINUTES = dict(
+SMALL = dict(
     model="nano",
     decoder=dict(embed_dim=64, depth=1, num_heads=4),
     norm_pixels=False,
     crop=1.0,
     updates=5000,
     batch=16,
-    lr=2.4e-2,
+    lr=2.4e-2
 )
 IMAGENET = dict(
     model="base",
     size=[224],
-    decoder={},                                                             # `Decoder`'s defaults are MAE's
+    decoder={},                                                       # `Decoder`'s defaults are MAE's
     norm_pixels=True,
     crop=0.2,
     epochs=800,
@@ -396,7 +400,7 @@ def main(arguments=None, train=None, val=None):
     pretrain(parse_args(
         options(),
         "mixedae",
-        lambda args, kind: IMAGENET if kind == "imagenet" else MINUTES,
+        lambda args, kind: IMAGENET if kind == "imagenet" else SMALL,
         arguments), train, val)
 
 

@@ -49,9 +49,9 @@ Details that matter
     ones was never trained: see "reconstruction" in OUT/augmentation.png.
  4. Predictions can leave the range of pixels and are clipped to 0 … 255.
  5. MRA works after crop and flip, on the device, on many images at once, without gradients.
- 6. The augmentor in OUT/augmentor learns on crops as it will paint: the same --crop [not in the paper]. By
-    default it sees 60,000 small images, rounded up to whole epochs: little for photographs. --task augmentor
-    --epochs 20 trains longer, and --augmentor PATH takes the result.
+ 6. The augmentor in OUT/augmentor is trained on the crops it will paint: the same --crop [not in the paper].
+    By default it sees 60,000 small images, rounded up to whole epochs: little for photographs. --task
+    augmentor --epochs 20 trains longer, and --augmentor PATH takes the result.
  7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
     to the background, or to the same places in every image (as on CIFAR-10), and in a small augmentor their
     mean can prefer anything. "low" then hides the object. After its training the augmentor is measured, where
@@ -92,8 +92,9 @@ STRATEGIES = {
 def hide(noise, visible):
     """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image the `visible`
     patches with the lowest noise are kept. mask is 1 where a patch is hidden."""
-    # Sorting shuffles the patches: visible ones first. Sorting the shuffle gives the way back: ids_restore[i]
-    # says where in the shuffled order patch i is. Without it predictions could not be put in their places.
+    # argsort by noise shuffles the patches, visible ones first. The argsort of a permutation is its inverse:
+    # ids_restore[i] is the place of patch i in the shuffled order. Without it predictions could not be put in
+    # their places.
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
     mask = (ids_restore >= visible).float()
@@ -144,10 +145,10 @@ class MRA(nn.Module):
         self.autoencoder = Autoencoder(encoder, decoder).eval().requires_grad_(False)
         self.mask_strategy = mask_strategy
         self.mask_ratio = mask_ratio
-        self.probability = apply
+        self.probability = apply                                      # `apply` is a method of every module
 
-        # Images may come in normalised in another way than in the augmentor's training. MAE's release does
-        # not say how it was there: with ImageNet's mean and std, which ImageFolder has, too.
+        # Images may be normalised in another way than the augmentor's were. MAE's files do not say how; it
+        # was with ImageNet's mean and std, which are ImageFolder's.
         trained_mean = encoder.mean or ImageFolder.mean
         trained_std = encoder.std or ImageFolder.std
         numbers = [mean or trained_mean, std or trained_std, trained_mean, trained_std]
@@ -166,7 +167,7 @@ class MRA(nn.Module):
         return cls(encoder, load_decoder(path, encoder), **options)
 
     def renormalise(self, images):
-        """Images as they come in → as the augmentor knows them."""
+        """Images as they come in → normalised as in the augmentor's training."""
         mean, std, trained_mean, trained_std = self.normalisation     # (C, 1, 1) each
         return (images * std + mean - trained_mean) / trained_std
 
@@ -201,7 +202,7 @@ class MRA(nn.Module):
 
         # Take the painted pixels where patches were hidden (detail 3), in images drawn with the probability
         # `apply`.
-        hidden &= torch.rand_like(images[:, :1, :1, :1]) < self.probability
+        hidden &= torch.rand(len(images), 1, 1, 1, device=images.device) < self.probability
         return torch.where(hidden, painted, images)
 
     def drop(self, images):
@@ -273,8 +274,8 @@ def pretrain(args, train=None, val=None):
     run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)  # detail 6
     for _ in run.steps():
-        # As MAE does, the autoencoder hides 75 % of the patches at random [from memory]. Its loss comes first
-        # of three.
+        # As MAE does, the autoencoder hides 75 % of the patches at random [from memory]. wrapped(…)[0] is the
+        # loss.
         train_step(run, wrapped, optimizer, loader, lambda images, labels: wrapped(images)[0])
     if run.rank == 0:
         draw(MRA.load(f"{args.out}/last.pt").to(run.device), val or train, run)
@@ -333,7 +334,7 @@ def make_augmentor(args, run, train, val):
     if args.augmentor is None:
         run.print(f"the augmentor comes first, in {args.out}/augmentor")
         run.clear("args.json")                                        # an older run in OUT ends here
-        run_in_folder(pretrain, args, "augmentor", train, val, **args.light)
+        run_in_folder(pretrain, args, "augmentor", train, val, **args.recipe)
         args.augmentor = f"{args.out}/augmentor/last.pt"
     mra = MRA.load(
         args.augmentor,
@@ -668,16 +669,16 @@ PRESETS = {
 
 
 def preset(args, kind):
-    """→ the defaults for a kind of data and the task in args. `light` holds those of the augmentor that
-    has to be trained first: options for the classifier's training do not count for it."""
+    """→ the defaults for a kind of data and the task in args. `recipe` holds those of the augmentor that has
+    to be trained first: options for the classifier's training do not count for it."""
     # Small data have the rows of scenes, but not the one that begins with a task. Later rows override earlier
     # ones.
     base = kind.replace("small", "scenes")
     values = {}
     for row in (base, kind, f"{base} {args.task}", f"{args.task} {kind}"):
         values |= PRESETS.get(row, {})
-    light = dict(task="augmentor", epochs=None, warmup=None, micro_batch=None) | PRESETS[f"{base} augmentor"]
-    return values | dict(light=light)
+    recipe = dict(task="augmentor", epochs=None, warmup=None, micro_batch=None)
+    return values | dict(recipe=recipe | PRESETS[f"{base} augmentor"])
 
 
 def options():

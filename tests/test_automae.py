@@ -413,7 +413,7 @@ def test_one_step_equals_one_by_hand(finished, tmp_path):
     assert not (tmp_path / "found" / "prior").exists()
 
     words.append(f"{tmp_path}/hand")
-    args = common.parse_args(automae.options(), "automae", lambda args, kind: automae.MINUTES, words)
+    args = common.parse_args(automae.options(), "automae", lambda args, kind: automae.SMALL, words)
     run = common.Run(args)
     train, _ = map(common.label_objects, common.prepare_data(args, run))
     run.start(16)

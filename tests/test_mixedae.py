@@ -255,7 +255,7 @@ def test_a_training_step_compiles_to_one_graph(flags, tmp_path):
     for compiled in (False, True):
         model = tiny()
         run = ["--no-compile", "--out", str(tmp_path / "run"), *RUN, *flags]
-        args = common.parse_args(mixedae.options(), "mixedae", lambda args, kind: mixedae.MINUTES, run)
+        args = common.parse_args(mixedae.options(), "mixedae", lambda args, kind: mixedae.SMALL, run)
         common.Run(args).wrap(model)
         if compiled:
             model.compile(fullgraph=True, backend="aot_eager")
