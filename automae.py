@@ -86,7 +86,7 @@ def make_generator(num_heads, grid):
         nn.ReLU(),
         nn.Conv2d(num_heads // 2, 1, 3, padding=1),
         nn.Flatten(),
-        nn.LogSoftmax(dim=1),
+        nn.LogSoftmax(dim=1)
     )
 
 
@@ -111,7 +111,7 @@ def make_discriminator(grid):
         spectral_norm(nn.Conv2d(16, 32, 4, 2, 1 + (min(grid) < 4), bias=False)),
         nn.LeakyReLU(0.2),
         spectral_norm(nn.Conv2d(32, 1, 3, padding=padding, bias=False)),
-        nn.Flatten(),
+        nn.Flatten()
     )
 
 
@@ -369,8 +369,9 @@ def draw(model, prior, dataset, run):
     what the encoder sees; what the decoder predicts (normalised patches, if norm_pixels)."""
     encoder, args = model.encoder, run.args
     images, labels = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
-    hint = find_hint(args, prior, images, labels, model)
-    _, prediction, mask, _ = model.forward(images, hint)              # .forward: not compiled for this size
+    # .forward: not compiled once more for this batch size.
+    hint = find_hint(args, prior and prior.forward, images, labels, model)
+    _, prediction, mask, _ = model.forward(images, hint)
 
     patches = patchify(images, encoder.patch_size)                    # (B, N, P·P·C)
     hidden = mask[..., None]                                          # (B, N, 1)

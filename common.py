@@ -48,6 +48,15 @@ class UserError(ValueError):
     """Something the user can fix: on the command line it becomes one line, without a traceback."""
 
 
+def say(text):
+    """Prints, under torchrun from process 0 alone. A closed terminal or pipe does not end the run."""
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 # -------------------------------------------------------------------------------------------------- patches
 
 def to_pair(size):
@@ -198,6 +207,8 @@ class ViT(nn.Module):
     (global_pool="token") or the mean of the patch tokens ("avg"). Raises UserError if sizes do not divide.
     """
 
+    classes = mean = std = norm_pixels = None                         # `load_encoder` sets them
+
     def __init__(
         self,
         img_size=224,
@@ -341,7 +352,8 @@ def read_checkpoint(path):
     except ImportError as error:
         raise UserError(f"{path}: {error}")
     except Exception as error:
-        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__})")
+        raise UserError(
+            f"{path} is damaged, or no checkpoint, or holds more than tensors ({type(error).__name__})")
 
 
 RENAMES = {                          # Hugging Face's parameter names, old and new → timm's; the order matters
@@ -371,7 +383,8 @@ def read_weights(path, part):
     if isinstance(args, argparse.Namespace):
         args = vars(args)
     for key in ("state_dict_ema", "state_dict", "model_ema", "model", part):
-        state = state.get(key, state)
+        inner = state.get(key)
+        state = inner if isinstance(inner, dict) else state
 
     # Integers, such as counters of batches, are no weights.
     renamed = {}
@@ -410,7 +423,8 @@ def stored_grid(table, patch_size, saved, given):
     for size in (saved, math.isqrt(places) * patch_size, given):
         if size and math.prod(to_pair(size)) == places * patch_size ** 2:
             return patch_grid(size, patch_size)
-    raise UserError(f"{places} positions, and not for a square image: give img_size=(height, width)")
+    raise UserError(f"{places} positions beside the class token's, and not for a square image: give "
+                    f"img_size=(height, width), if the file has no other tokens")
 
 
 def resize_positions(table, source, grid):
@@ -418,7 +432,7 @@ def resize_positions(table, source, grid):
     images."""
     if source == grid:
         return table
-    print(f"positions resized from {source} to {grid} patches", flush=True)
+    say(f"positions resized from {source} to {grid} patches")
     places = table[:, 1:].transpose(1, 2).unflatten(2, source)        # (1, D, rows, columns)
     places = F.interpolate(places, grid, mode="bicubic")
     return torch.cat([table[:, :1], places.flatten(2).transpose(1, 2)], dim=1)
@@ -436,13 +450,14 @@ def fill(module, state, path, optional=()):
     unused = sorted(state.keys() - fitting)
     notes = f"; starting anew: {missing}" if missing else ""
     notes += f"; not used here: {unused[:4]}" if unused else ""
-    print(f"loaded {len(fitting)} tensors from {path}{notes}", flush=True)
+    say(f"loaded {len(fitting)} tensors from {path}{notes}")
 
 
 def load_encoder(path, img_size=None, **overrides):
     """→ a ViT built from what a file holds: a checkpoint of this project, of MAE's release (pre-trained or
     fine-tuned), of timm or of Hugging Face (ViTMAE, ViT). Any argument of `ViT` can be given instead; for
     another img_size the positions are resized. A fine-tuned file gives the whole classifier, head included.
+    If a file does not say num_heads, it is that of our ViT of the same width, or width / 64.
 
     The ViT also has `classes` (names), `mean` and `std` (of its images, in pixel values 0 … 255) and
     `norm_pixels` (whether its decoder predicts normalised patches), or None where the file does not say.
@@ -470,7 +485,7 @@ def load_encoder(path, img_size=None, **overrides):
     )
     encoder = ViT(**(config | overrides))
     # DINOv2's layer scale, register tokens and the like: without them the features would be wrong.
-    other = [name for name in state if name.startswith(("blocks.0.", "reg"))
+    other = [name for name in state if name.startswith(("blocks.0.", "reg", "attn_pool", "norm_pre"))
              and name not in encoder.state_dict()]
     if other:
         raise UserError(f"{path} is of another architecture: it also has {other}")
@@ -656,7 +671,7 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
         self.classes = classes
         self.skipped = Counter()
         super().__init__(root, read_image, is_valid_file=self.keep, allow_empty=True)
-        print(f"{len(self)} images in {root}; files skipped: {dict(self.skipped)}", flush=True)
+        say(f"{len(self)} images in {root}; files skipped: {dict(self.skipped)}")
         if not self.samples:
             raise UserError(f"there is no image in {root} or below it")
 
@@ -758,11 +773,21 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
         if run.world > 1 and not run.local_rank:
             dist.barrier()
 
-    image, label = train[0]
-    if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
-        raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
-    if image.is_floating_point() and 0 < image.max() <= 1:
-        raise UserError("the images' pixels go from 0 to 1: a dataset has to give uint8, 0 to 255")
+    try:
+        image, label = train[0]
+        torch.as_tensor(label)
+        if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
+            raise TypeError
+    except UserError:
+        raise
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError("a dataset has to give (image, label): the image a uint8 tensor (C, H, W), the "
+                        "label a number, -1 if unknown, or a map") from error
+    if image.is_floating_point() and (image.min() < 0 or 0 < image.max() <= 1):
+        raise UserError("a dataset has to give pixels from 0 to 255, not from 0 to 1 or normalised ones")
+    classes, val_classes = (list(getattr(part, "classes", [])) for part in (train, val))
+    if classes and val_classes and classes != val_classes:
+        raise UserError("the classes of the training and validation images differ in names or order")
     args.in_chans = len(image)
 
     # Without --size, images keep their size, rounded down to whole patches. Those of --data may differ in
@@ -790,6 +815,8 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
             std = std.clamp(min=1)                                    # a channel may be the same everywhere
         args.mean = args.mean or [float(value) for value in mean]     # of a list, array or tensor
         args.std = args.std or [float(value) for value in std]
+    if max(args.std) < 1:
+        raise UserError("mean and std have to be in pixel values, 0 to 255: multiply by 255")
     if not len(args.mean) == len(args.std) == args.in_chans:
         raise UserError(f"the images have {args.in_chans} channels; --mean, --std or --init is for "
                         f"{len(args.mean)} and {len(args.std)}")
@@ -1054,13 +1081,14 @@ class Run:
     def __init__(self, args):
         self.args = args
         # Nothing is lost to a forgotten --out: refuse at once.
+        options = vars(args)                                          # not every script has all of them
         there = any(os.path.exists(f"{args.out}/{name}") for name in ("args.json", "last.pt", "best.pt"))
-        if there and not args.resume and not args.overwrite:
+        self.may_replace = args.resume or args.overwrite or options.get("unsaved")
+        if there and not self.may_replace:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
                 f"--overwrite replaces it")
-        # Nor may --overwrite remove a file that this run reads. Not every script has all of these options.
-        options = vars(args)
+        # Nor may --overwrite remove a file that this run reads.
         needed = [args.init, options.get("prior"), options.get("augmentor"), *options.get("compare", ())]
         replaced = [os.path.realpath(folder) for folder in (args.out, f"{args.out}/baseline")]
         for path in filter(None, needed):
@@ -1099,19 +1127,15 @@ class Run:
 
         # --batch images per step, over all processes, so that learning does not depend on their number.
         # Each process takes its part in micro-batches that fit into memory; their gradients add up.
-        self.accumulate = math.ceil(args.batch / self.world / (args.micro_batch or 256))
-        self.micro_batch = args.batch // (self.world * self.accumulate)
-        if self.world * self.accumulate * self.micro_batch != args.batch:
-            raise UserError(
-                f"--batch {args.batch} does not divide into {self.world} × {self.accumulate} micro-batches")
+        if args.batch % self.world:
+            raise UserError(f"--batch {args.batch} does not divide among {self.world} processes")
+        share = args.batch // self.world
+        self.micro_batch = min(share, args.micro_batch or 256)
+        while share % self.micro_batch:                               # the largest size that divides it
+            self.micro_batch -= 1
+        self.accumulate = share // self.micro_batch
 
-    def print(self, text):
-        """Prints, from process 0 alone. A closed terminal or pipe does not end the run."""
-        try:
-            if self.rank == 0:
-                print(text, flush=True)
-        except OSError:
-            sys.stdout = open(os.devnull, "w")
+    print = staticmethod(say)
 
     def wrap(self, model, *inputs):
         """Moves a model to the device, compiles it, and under torchrun wraps it in DDP, which averages
@@ -1133,16 +1157,12 @@ class Run:
             # Keep only a block's input; the backward pass computes the rest once more.
             if self.args.checkpoint_blocks and isinstance(module, Block):
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
-        # Processors that multiply in bf16 are faster with it if the model is large: ViT-B 1.6 times, ViT-Ti
-        # 1.2 times, but the small presets' "nano" 0.7 times (one thread of an AMD EPYC).
         large = sum(parameter.numel() for parameter in model.parameters()) > 4_000_000
         learns = any(parameter.requires_grad for parameter in model.parameters())
-        on_cpu = self.device.type == "cpu" and self.args.precision is None
-        if on_cpu and large and learns and torch.cpu._is_avx512_bf16_supported():
-            self.autocast = torch.autocast("cpu", torch.bfloat16)
-
-        # For a small model compiling takes longer than it saves. On Windows torch.compile is missing a part.
-        triton = self.device.type == "cuda" and importlib.util.find_spec("triton")
+        # For a small model compiling takes longer than it saves. It needs Triton, which Windows does not have
+        # and which does not know GPUs older than V100.
+        triton = (self.device.type == "cuda" and importlib.util.find_spec("triton")
+                  and torch.cuda.get_device_capability() >= (7, 0))
         if self.args.compile or (self.args.compile is None and large and triton):
             self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
@@ -1202,7 +1222,7 @@ class Run:
             device_name=torch.cuda.get_device_name() if on_gpu else platform.machine(),
         )
         # "x" fails if there is such a file: of two runs that start at once, one is refused.
-        with open(f"{args.out}/args.json", "w" if args.resume or args.overwrite else "x") as file:
+        with open(f"{args.out}/args.json", "w" if self.may_replace else "x") as file:
             json.dump(vars(args) | made_with, file, indent=1)
         if not args.resume:
             self.clear()
@@ -1353,6 +1373,8 @@ def entry(main):
         code = 0
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         message = str(error).strip().split("\n")[-1]                  # of a worker's error the last line
+        if isinstance(error, torch.OutOfMemoryError):
+            message += " Try a smaller --micro-batch, then --checkpoint-blocks."
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except SystemExit as stop:
@@ -1412,14 +1434,14 @@ def shared_options(description):
     add("--workers", type=whole, default=workers, help="processes that read images, beside each that trains")
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (None: at most 256)")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
-    add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products; None: bf16 where faster")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products; None: 16 bits on GPUs")
     add("--compile", action=switch, help="torch.compile models; None: large ones on GPUs")
     add("--checkpoint-blocks", action="store_true", help="less memory, a third slower: compute blocks twice")
     return parser
 
 
-MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "workers", "compile", "root",
-              "checkpoint_blocks", "micro_batch", "init", "augmentor", "prior"}
+MAY_CHANGE = {"resume", "unsaved", "overwrite", "out", "epochs", "device", "precision", "workers", "compile",
+              "root", "checkpoint_blocks", "micro_batch", "init", "augmentor", "prior"}
 
 
 def kind_of_data(args):
@@ -1475,8 +1497,7 @@ def parse_args(parser, script, preset, arguments=None):
     args = parser.parse_args(arguments)
     if args.resume:
         args.overwrite = False
-        if not resume:
-            (folder / "args.json").unlink(missing_ok=True)
+    args.unsaved = args.resume and not resume                         # it goes on before its first checkpoint
     args.out, args.resume = out, resume
     args.size = args.size and to_pair(args.size)
 

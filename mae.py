@@ -167,6 +167,7 @@ class MAE(nn.Module):
             noise = mask.float()                                      # 0 where visible: the lowest stay
         elif noise is None:
             noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
+        noise = noise.expand(images.shape[0], -1)                     # one mask may be for all images
         ids_keep, ids_restore, mask = hide(noise, visible)           # (B, n), (B, N), (B, N)
 
         # Hidden patches are dropped here: of every image only the n tokens in ids_keep go on, a quarter of

@@ -430,8 +430,7 @@ def classify(args, train=None, val=None):
     --task supervised: on augmented images, all that have labels, --labels of each class, or a long tail
     (--imbalance). --task semi: FixMatch, which learns from --labels images of each class, and from all
     images without their labels. --task fewshot: as supervised, but without the last --held-out classes,
-    which are then recognised from one or five images each. Datasets passed as `train` and `val` get the
-    defaults of scenes: set --labels and --augment.
+    which are then recognised from one or five images each.
     """
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
@@ -707,7 +706,10 @@ def options():
 
 
 def main(arguments=None, train=None, val=None):
-    args = parse_args(options(), "mra", preset, arguments)
+    def defaults(args, kind):                                         # own datasets have those of small ones
+        return preset(args, kind if train is None else "small")
+
+    args = parse_args(options(), "mra", defaults, arguments)
     TASKS[args.task](args, train, val)
 
 

@@ -665,10 +665,23 @@ def test_size_and_patch_follow_from_the_images(sides, size, patch, tmp_path):
 
 
 @pytest.mark.parametrize("images", [
-    torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3).byte(), torch.zeros(2, 8, 8).byte()])
+    torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, 3).byte(), torch.zeros(2, 8, 8).byte(),
+    3 * torch.randn(2, 3, 8, 8)])
 def test_images_of_another_layout_or_range_are_refused(images, tmp_path):
     with pytest.raises(UserError):
         opened(tmp_path, train=Own(images))
+
+
+def test_items_classes_and_means_of_another_kind_are_refused(tmp_path):
+    images = torch.full((4, 3, 8, 8), 9).byte()
+    for wrong in ([images[0]], [(images[0], None)], [(images[0], "cat")]):
+        with pytest.raises(UserError, match="label"):
+            opened(tmp_path, train=wrong)
+    with pytest.raises(UserError, match="255"):
+        opened(tmp_path, "--mean", 0.5, 0.5, 0.5, "--std", 0.2, 0.2, 0.2, train=Own(images))
+    train, val = common.Images(images, [0, 1, 2, 0], "abc"), common.Images(images, [0, 1, 1, 0], "bc")
+    with pytest.raises(UserError, match="classes"):
+        opened(tmp_path, train=train, val=val)
 
 
 def test_a_folder_of_broken_images_is_refused(tmp_path):
@@ -1026,7 +1039,7 @@ def test_epochs_warm_up_and_evaluations_follow_from_the_number_of_steps(tmp_path
     assert (run.args.epochs, run.total_steps) == (4, 24) and run.warmup_steps == pytest.approx(2.4)
     assert [step for step in range(24) if run.should_evaluate(step, cost=48)] == [5, 11, 17, 23]
     assert [step for step in range(24) if run.should_evaluate(step, cost=130)] == [17, 23]  # every third
-    run.args.warmup, run.args.overwrite = 40, True
+    run.args.warmup, run.may_replace = 40, True
     run.start(50)
     assert run.warmup_steps == pytest.approx(24 / 5)
 
@@ -1062,8 +1075,8 @@ def test_every_weight_matrix_is_decayed_and_nothing_else():
 def test_a_batch_is_divided_into_micro_batches(flags, parts, tmp_path):
     run = run_of(tmp_path, *flags)
     assert (run.micro_batch, run.accumulate) == parts
-    with pytest.raises(UserError):
-        run_of(tmp_path, "--batch", 10, "--micro-batch", 4)
+    run = run_of(tmp_path, "--batch", 10, "--micro-batch", 4)
+    assert (run.micro_batch, run.accumulate) == (2, 5)                 # the largest size that divides it
 
 
 def test_a_folder_that_holds_a_run_is_not_taken(tmp_path):
@@ -1194,22 +1207,6 @@ def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size
         same = (seen == images).flatten(1).all(dim=1)
         mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
         assert (same | mirrored).all() and same.any() and mirrored.any()
-
-
-@pytest.mark.parametrize("width, precision, supported, learns, wanted", [
-    (256, [], True, True, torch.bfloat16),
-    (256, [], False, True, torch.float32),
-    (256, [], True, False, torch.float32),  # a frozen model does not decide how others are trained
-    (256, ["--precision", "fp32"], True, True, torch.float32),
-    (64, [], True, True, torch.float32),
-])
-def test_large_models_compute_in_bf16_where_a_processor_can(
-        width, precision, supported, learns, wanted, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
-    run = Run(options(tmp_path, *precision))
-    vit = run.wrap(ViT(32, 8, embed_dim=width, depth=6, num_heads=4).requires_grad_(learns))
-    with run.autocast:
-        assert vit.blocks[0].mlp.fc1(torch.zeros(1, width)).dtype == wanted
 
 
 def test_a_script_of_ones_own_ends_when_a_worker_fails(tmp_path):

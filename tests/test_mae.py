@@ -198,6 +198,8 @@ def test_a_mask_of_ones_own_hides_exactly_what_it_says(side):
     for count in range(1, side * side):
         wanted = torch.rand(2, side * side).argsort(dim=1) < count
         loss, prediction, mask = model(images, mask=wanted)
+        one, _, _ = model(images, mask=wanted[:1])                      # the first image's for all
+        torch.testing.assert_close(one, model(images, mask=wanted[:1].repeat(len(images), 1))[0])
         assert torch.equal(mask.bool(), wanted) and loss.isfinite()
     with pytest.raises(UserError):
         model(images, mask=torch.rand(2, side * side) < torch.tensor([[0.3], [0.7]]))
@@ -1190,7 +1192,6 @@ def test_a_small_folder_gets_a_small_recipe(folder, tmp_path):
         ["--data", "nowhere"],
         ["--size", 33, "--patch", 8],
         ["--mask-ratio", 0],
-        ["--batch", 7, "--micro-batch", 2],
     ],
 )
 def test_bad_options_end_in_a_line(flags, tmp_path, cli):
