@@ -164,7 +164,7 @@ class AutoMAE(nn.Module):
         self.norm_pixels = norm_pixels
         self.mask_factor = mask_factor
         self.num_patches = encoder.grid[0] * encoder.grid[1]          # N
-        self.visible = max(1, int(self.num_patches * (1 - mask_ratio)))# n
+        self.visible = max(1, int(self.num_patches * (1 - mask_ratio)))  # n
 
     def forward(self, images, hint):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is

@@ -732,7 +732,7 @@ def labels_of(dataset):
     """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of labels.
     Maps, or several labels per image, count as unknown."""
     labels = None
-    of_torchvision = type(dataset).__module__.startswith("torchvision.")
+    of_torchvision = isinstance(dataset, torchvision.datasets.VisionDataset)
     for name in ("_labels", "labels", "targets") if of_torchvision else ["targets"]:
         labels = getattr(dataset, name, labels)
     if labels is None:
@@ -777,16 +777,17 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
         image, label = train[0]
         torch.as_tensor(label)
         if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
-            raise TypeError
+            raise TypeError("the image is another object, or of another shape")
     except UserError:
         raise
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError("a dataset has to give (image, label): the image a uint8 tensor (C, H, W), the "
-                        "label a number, -1 if unknown, or a map") from error
-    if image.is_floating_point() and (image.min() < 0 or 0 < image.max() <= 1):
+                        f"label a number, -1 if unknown, or a map: {error}") from error
+    normalised = image.min() < 0 and image.abs().max() < 20
+    if image.is_floating_point() and (normalised or 0 < image.max() <= 1):
         raise UserError("a dataset has to give pixels from 0 to 255, not from 0 to 1 or normalised ones")
-    classes, val_classes = (list(getattr(part, "classes", [])) for part in (train, val))
-    if classes and val_classes and classes != val_classes:
+    classes, val_classes = (getattr(part, "classes", None) for part in (train, val))
+    if classes is not None and val_classes is not None and list(classes) != list(val_classes):
         raise UserError("the classes of the training and validation images differ in names or order")
     args.in_chans = len(image)
 
@@ -815,7 +816,7 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
             std = std.clamp(min=1)                                    # a channel may be the same everywhere
         args.mean = args.mean or [float(value) for value in mean]     # of a list, array or tensor
         args.std = args.std or [float(value) for value in std]
-    if max(args.std) < 1:
+    if max(args.std) < 1 < image.max():
         raise UserError("mean and std have to be in pixel values, 0 to 255: multiply by 255")
     if not len(args.mean) == len(args.std) == args.in_chans:
         raise UserError(f"the images have {args.in_chans} channels; --mean, --std or --init is for "
@@ -1130,9 +1131,11 @@ class Run:
         if args.batch % self.world:
             raise UserError(f"--batch {args.batch} does not divide among {self.world} processes")
         share = args.batch // self.world
-        self.micro_batch = min(share, args.micro_batch or 256)
+        wanted = self.micro_batch = min(share, args.micro_batch or 256)
         while share % self.micro_batch:                               # the largest size that divides it
             self.micro_batch -= 1
+        if 2 * self.micro_batch < wanted:
+            raise UserError(f"--batch: {share} images do not divide into micro-batches of about {wanted}")
         self.accumulate = share // self.micro_batch
 
     print = staticmethod(say)
@@ -1434,7 +1437,7 @@ def shared_options(description):
     add("--workers", type=whole, default=workers, help="processes that read images, beside each that trains")
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (None: at most 256)")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
-    add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products; None: 16 bits on GPUs")
+    add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products; None: 16 bits on CUDA")
     add("--compile", action=switch, help="torch.compile models; None: large ones on GPUs")
     add("--checkpoint-blocks", action="store_true", help="less memory, a third slower: compute blocks twice")
     return parser

@@ -150,8 +150,8 @@ class MAE(nn.Module):
         hidden.
 
         noise (B, N): hide the patches where it is highest, instead of random ones. mask bool (B, N): hide
-        exactly these; every image needs the same number of them. Raises UserError if not, or if nothing or
-        all would be hidden.
+        exactly these; every image needs the same number of them. (1, N) is for all images. Raises UserError
+        if numbers differ, or if nothing or all would be hidden.
         """
         # Every patch becomes a token: a linear projection of its pixels plus a fixed code for its position
         # (detail 1).
@@ -167,7 +167,7 @@ class MAE(nn.Module):
             noise = mask.float()                                      # 0 where visible: the lowest stay
         elif noise is None:
             noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
-        noise = noise.expand(images.shape[0], -1)                     # one mask may be for all images
+        noise = noise.expand(images.shape[0], -1)                     # (B, N)
         ids_keep, ids_restore, mask = hide(noise, visible)           # (B, n), (B, N), (B, N)
 
         # Hidden patches are dropped here: of every image only the n tokens in ids_keep go on, a quarter of
@@ -352,8 +352,9 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
 
 def class_names(dataset):
     """→ the names of a dataset's classes; of a dataset without names their numbers."""
-    names = getattr(dataset, "classes", ())
-    names = names if len(names) else range(int(labels_of(dataset).max()) + 1)
+    names = getattr(dataset, "classes", None)
+    if names is None or not len(names):
+        names = range(int(labels_of(dataset).max()) + 1)
     return [str(name) for name in names]
 
 
@@ -912,7 +913,7 @@ def preset(args, kind):
     task = args.task
     data = kind.replace("small", "scenes")                            # small data use the rows of scenes
     classifies = task in ("probe", "finetune")
-    width = VITS[args.model or "base"]["embed_dim"]                    # the recipe depends on the encoder
+    width = VITS[args.model or "base"]["embed_dim"]                   # the recipe depends on the encoder
     if data == "imagenet" and classifies and args.init is not None:
         width = load_encoder(args.init).embed_dim
     values = dict(min_lr=0.0)

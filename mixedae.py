@@ -255,7 +255,7 @@ def pretrain(args, train=None, val=None):
     members = round(1 / args.mix_ratio)
     if run.micro_batch % members:
         raise UserError(
-            f"--batch: micro-batches of {run.micro_batch} images do not divide into groups of {members}")
+            f"--batch, --micro-batch: {run.micro_batch} images do not divide into groups of {members}")
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
     vit_args = VITS[args.model] | dict(patch_size=args.patch)

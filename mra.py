@@ -66,7 +66,7 @@ import copy
 import os
 
 from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, ImageFolder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens,
+    VITS, Decoder, ImageFolder, Run, Scenes, UserError, ViT, batches, decay_groups, entry, gather_tokens,
     label_objects, labels_of, learning_rate, load_decoder, load_encoder, number, parse_args, patchify,
     prepare_data, read_checkpoint, save_image_rows, shared_options, spread, to_pixels, training_plan,
     unpatchify)
@@ -310,7 +310,7 @@ def draw(mra, dataset, run):
     run.print(f"images: {args.out}/augmentation.png")
     if kept:
         run.write_log(object_kept=kept)
-        low, *others = kept.values()
+        low, *others = [*kept.values()][:len(noises)]
         if low < max(others):
             run.print("attention keeps no more of the objects than chance, or than one map for all images: "
                       "train the augmentor longer, or with another --seed")
@@ -447,7 +447,7 @@ def classify(args, train=None, val=None):
         labels = labels_of(val)
         episodes(labels[labels >= classes], WAYS, 5, count=1)
     # On scenes, MRA is evaluated even if it is not trained with, but not in episodes.
-    needed = "mra" in args.augment or not fewshot and (args.augmentor or not args.data)
+    needed = "mra" in args.augment or not fewshot and (args.augmentor or isinstance(train, Scenes))
     mra = make_augmentor(args, run, train, val) if needed else None
     rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
 
@@ -691,7 +691,7 @@ def options():
     add("--mask-strategy", choices=STRATEGIES, default="low",
         help="hide patches of low or high attention, or any (paper: low)")
     add("--apply", type=fraction, default=1.0, help="probability that an image is augmented")
-    add("--augmentor", help="checkpoint of a masked autoencoder; left out: --task augmentor in OUT/augmentor")
+    add("--augmentor", help="a masked autoencoder's checkpoint; left out: one is trained in OUT/augmentor")
     add("--augment", nargs="+", choices=("none", "mra", "cutout", "cutmix", "mixup", "randaugment"),
         default=["mra"], help="for training images, one or several (default for scenes, supervised: none)")
     add("--baseline", action="store_true", help="then do the same without MRA, in OUT/baseline")
@@ -706,6 +706,7 @@ def options():
 
 
 def main(arguments=None, train=None, val=None):
+    """arguments: a list of options; None: those of the command line. train, val: as for `pretrain`."""
     def defaults(args, kind):                                         # own datasets have those of small ones
         return preset(args, kind if train is None else "small")
 
