@@ -383,8 +383,7 @@ def read_weights(path, part):
     if isinstance(args, argparse.Namespace):
         args = vars(args)
     for key in ("state_dict_ema", "state_dict", "model_ema", "model", part):
-        inner = state.get(key)
-        state = inner if isinstance(inner, dict) else state
+        state = state.get(key, state)
 
     # Integers, such as counters of batches, are no weights.
     renamed = {}
@@ -773,27 +772,41 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
         if run.world > 1 and not run.local_rank:
             dist.barrier()
 
-    try:
-        image, label = train[0]
-        torch.as_tensor(label)
-        if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
-            raise TypeError("the image is another object, or of another shape")
-    except UserError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError("a dataset has to give (image, label): the image a uint8 tensor (C, H, W), the "
-                        f"label a number, -1 if unknown, or a map: {error}") from error
+    check_items(train, val)
+    image, label = train[0]
+    args.in_chans = len(image)
+    choose_size(args, run, train)
+    run.print(f"images of {args.size[0]}×{args.size[1]} pixels in patches of {args.patch}×{args.patch}")
+    choose_mean_and_std(args, train)
+
+    # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
+    # of a small model. Maps (np.ndim(label) > 0) are not.
+    num_pixels = len(train) * math.prod(args.size)
+    no_files = args.data is None or isinstance(train, Images)
+    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
+        return train, val
+    return in_memory(train, run), val and in_memory(val, run)
+
+
+def check_items(train, val):
+    """Raises UserError if datasets do not give what they should, as those of other projects may."""
+    image, _ = train[0]
+    if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
+        raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
     normalised = image.min() < 0 and image.abs().max() < 20
     if image.is_floating_point() and (normalised or 0 < image.max() <= 1):
         raise UserError("a dataset has to give pixels from 0 to 255, not from 0 to 1 or normalised ones")
-    classes, val_classes = (getattr(part, "classes", None) for part in (train, val))
-    if classes is not None and val_classes is not None and list(classes) != list(val_classes):
+    names = [getattr(part, "classes", None) for part in (train, val)]
+    names = [list(part) for part in names if part is not None and len(part)]
+    if len(names) == 2 and names[0] != names[1]:
         raise UserError("the classes of the training and validation images differ in names or order")
-    args.in_chans = len(image)
 
-    # Without --size, images keep their size, rounded down to whole patches. Those of --data may differ in
-    # size: they become squares with the usual shorter side, at most 224 pixels (64 without CUDA).
-    sides = to_pair(args.size or image.shape[1:])
+
+def choose_size(args, run, train):
+    """Puts size and patch into args, unless they are given. Without --size, images keep their size, rounded
+    down to whole patches. Those of --data may differ in size: they become squares with the usual shorter
+    side, at most 224 pixels (64 without CUDA)."""
+    sides = to_pair(args.size or train[0][0].shape[1:])
     if args.data is not None and args.size is None:
         usual = np.median([min(train[i][0].shape[1:]) for i in spread(len(train), 50).tolist()])
         sides = to_pair(min(int(usual), 224 if run.device.type == "cuda" else 64))
@@ -803,10 +816,11 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     if args.size is None:
         sides = [max(args.patch, side - side % args.patch) for side in sides]
     args.size = tuple(sides)
-    run.print(f"images of {sides[0]}×{sides[1]} pixels in patches of {args.patch}×{args.patch}")
 
-    # Pixels are normalised by the mean and standard deviation of each channel: those given, or those the
-    # dataset names, or else those of some 500 of its images.
+
+def choose_mean_and_std(args, train):
+    """Puts the mean and standard deviation of each channel into args, by which pixels are normalised: those
+    given, or those the dataset names, or else those of some 500 of its images."""
     if args.mean is None or args.std is None:
         mean, std = getattr(train, "mean", None), getattr(train, "std", None)
         if mean is None or std is None:
@@ -816,19 +830,11 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
             std = std.clamp(min=1)                                    # a channel may be the same everywhere
         args.mean = args.mean or [float(value) for value in mean]     # of a list, array or tensor
         args.std = args.std or [float(value) for value in std]
-    if max(args.std) < 1 < image.max():
+    if max(args.std) < 1 < train[0][0].max():
         raise UserError("mean and std have to be in pixel values, 0 to 255: multiply by 255")
     if not len(args.mean) == len(args.std) == args.in_chans:
         raise UserError(f"the images have {args.in_chans} channels; --mean, --std or --init is for "
                         f"{len(args.mean)} and {len(args.std)}")
-
-    # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
-    # of a small model. Maps (np.ndim(label) > 0) are not.
-    num_pixels = len(train) * math.prod(args.size)
-    no_files = args.data is None or isinstance(train, Images)
-    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
-        return train, val
-    return in_memory(train, run), val and in_memory(val, run)
 
 
 def in_memory(dataset, run):
@@ -1128,15 +1134,12 @@ class Run:
 
         # --batch images per step, over all processes, so that learning does not depend on their number.
         # Each process takes its part in micro-batches that fit into memory; their gradients add up.
-        if args.batch % self.world:
-            raise UserError(f"--batch {args.batch} does not divide among {self.world} processes")
-        share = args.batch // self.world
-        wanted = self.micro_batch = min(share, args.micro_batch or 256)
-        while share % self.micro_batch:                               # the largest size that divides it
-            self.micro_batch -= 1
-        if 2 * self.micro_batch < wanted:
-            raise UserError(f"--batch: {share} images do not divide into micro-batches of about {wanted}")
-        self.accumulate = share // self.micro_batch
+        self.accumulate = math.ceil(args.batch / self.world / (args.micro_batch or 256))
+        self.micro_batch = args.batch // (self.world * self.accumulate)
+        if self.world * self.accumulate * self.micro_batch != args.batch:
+            raise UserError(
+                f"--batch {args.batch} does not divide into {self.world} × {self.accumulate} micro-batches: "
+                f"see --micro-batch")
 
     print = staticmethod(say)
 
@@ -1162,10 +1165,8 @@ class Run:
                 module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
         large = sum(parameter.numel() for parameter in model.parameters()) > 4_000_000
         learns = any(parameter.requires_grad for parameter in model.parameters())
-        # For a small model compiling takes longer than it saves. It needs Triton, which Windows does not have
-        # and which does not know GPUs older than V100.
-        triton = (self.device.type == "cuda" and importlib.util.find_spec("triton")
-                  and torch.cuda.get_device_capability() >= (7, 0))
+        # For a small model compiling takes longer than it saves. It needs Triton, which is not for Windows.
+        triton = self.device.type == "cuda" and importlib.util.find_spec("triton")
         if self.args.compile or (self.args.compile is None and large and triton):
             self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)

@@ -672,11 +672,8 @@ def test_images_of_another_layout_or_range_are_refused(images, tmp_path):
         opened(tmp_path, train=Own(images))
 
 
-def test_items_classes_and_means_of_another_kind_are_refused(tmp_path):
+def test_classes_and_means_of_another_kind_are_refused(tmp_path):
     images = torch.full((4, 3, 8, 8), 9).byte()
-    for wrong in ([images[0]], [(images[0], None)], [(images[0], "cat")]):
-        with pytest.raises(UserError, match="label"):
-            opened(tmp_path, train=wrong)
     with pytest.raises(UserError, match="255"):
         opened(tmp_path, "--mean", 0.5, 0.5, 0.5, "--std", 0.2, 0.2, 0.2, train=Own(images))
     train, val = common.Images(images, [0, 1, 2, 0], "abc"), common.Images(images, [0, 1, 1, 0], "bc")
@@ -1075,8 +1072,8 @@ def test_every_weight_matrix_is_decayed_and_nothing_else():
 def test_a_batch_is_divided_into_micro_batches(flags, parts, tmp_path):
     run = run_of(tmp_path, *flags)
     assert (run.micro_batch, run.accumulate) == parts
-    run = run_of(tmp_path, "--batch", 10, "--micro-batch", 4)
-    assert (run.micro_batch, run.accumulate) == (2, 5)                 # the largest size that divides it
+    with pytest.raises(UserError):
+        run_of(tmp_path, "--batch", 10, "--micro-batch", 4)
 
 
 def test_a_folder_that_holds_a_run_is_not_taken(tmp_path):

@@ -1192,6 +1192,7 @@ def test_a_small_folder_gets_a_small_recipe(folder, tmp_path):
         ["--data", "nowhere"],
         ["--size", 33, "--patch", 8],
         ["--mask-ratio", 0],
+        ["--batch", 7, "--micro-batch", 2],
     ],
 )
 def test_bad_options_end_in_a_line(flags, tmp_path, cli):
