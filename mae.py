@@ -168,7 +168,7 @@ class MAE(nn.Module):
         elif noise is None:
             noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
         noise = noise.expand(images.shape[0], -1)                     # (B, N)
-        ids_keep, ids_restore, mask = hide(noise, visible)           # (B, n), (B, N), (B, N)
+        ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
 
         # Hidden patches are dropped here: of every image only the n tokens in ids_keep go on, a quarter of
         # all, after a class token. This line is where the paper's threefold speed-up comes from; no mask

@@ -310,8 +310,8 @@ def draw(mra, dataset, run):
     run.print(f"images: {args.out}/augmentation.png")
     if kept:
         run.write_log(object_kept=kept)
-        low, *others = [*kept.values()][:len(noises)]
-        if low < max(others):
+        low, random, _, mean_map, *_ = kept.values()
+        if low < max(random, mean_map):
             run.print("attention keeps no more of the objects than chance, or than one map for all images: "
                       "train the augmentor longer, or with another --seed")
 
@@ -707,10 +707,12 @@ def options():
 
 def main(arguments=None, train=None, val=None):
     """arguments: a list of options; None: those of the command line. train, val: as for `pretrain`."""
-    def defaults(args, kind):                                         # own datasets have those of small ones
-        return preset(args, kind if train is None else "small")
-
-    args = parse_args(options(), "mra", defaults, arguments)
+    # Own datasets have the defaults of small ones.
+    args = parse_args(
+        options(),
+        "mra",
+        lambda args, kind: preset(args, "small" if train else kind),
+        arguments)
     TASKS[args.task](args, train, val)
 
 
