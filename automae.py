@@ -61,7 +61,6 @@ Details that matter
 """
 
 import argparse
-import os
 
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, label_objects,
@@ -216,13 +215,12 @@ def load_prior(args, run, train, val):
     OUT/prior, by the same function and for as long as AutoMAE."""
     out = f"{args.out}/prior"
     path = args.prior or f"{out}/last.pt"
-    if not args.prior and not args.resume:                            # with --resume it is complete
+    if not args.prior and not run.resumes:                            # else it is complete
         # An unfinished prior is trained to its end; a finished one is used as it is, unless --epochs has
         # grown.
-        goes_on = os.path.exists(path) and not args.overwrite
         run.print(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
         run.clear("args.json")                                        # removes an older run from OUT
-        options = vars(args) | dict(masking="random", out=out, resume=goes_on, overwrite=not goes_on)
+        options = vars(args) | dict(masking="random", out=out, resume=not args.overwrite)
         pretrain(argparse.Namespace(**options), train, val)
         if run.world > 1:                                             # until process 0 has written it
             dist.barrier()

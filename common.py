@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, OrderedDict
+from dataclasses import dataclass
 from datetime import timedelta
 
 # OpenMP threads spin while they wait, and so starve other programs on a busy machine. A short spin costs an
@@ -76,11 +78,10 @@ def patch_grid(img_size, patch_size):
 
 def patchify(images, patch_size):
     """images (B, C, H, W) → patches (B, N, P·P·C), row by row; within a patch the order is row, column,
-    channel. Any number of channels, square or not. Raises UserError if the patches do not fit."""
+    channel. Any number of channels, square or not; PyTorch's RuntimeError if the patches do not fit."""
     # Each side is split in two, the number of a patch and the place within it. What belongs to one patch then
     # moves to the end, and the rest is flattened.
-    h, w = patch_grid(images.shape[2:], patch_size)
-    x = images.reshape(*images.shape[:2], h, patch_size, w, patch_size)  # (B, C, h, P, w, P)
+    x = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
@@ -162,15 +163,18 @@ class Attention(nn.Module):
         return (q @ k.mT / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
+LayerNorm = functools.partial(nn.LayerNorm, eps=1e-6)                # PyTorch's own eps is ten times as large
+
+
 class Block(nn.Module):
     """A pre-norm transformer block, x (B, T, D) → (B, T, D): attention mixes tokens, the MLP works on each
     alone."""
 
     def __init__(self, embed_dim, num_heads, drop_path=0.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm1 = LayerNorm(embed_dim)
         self.attn = Attention(embed_dim, num_heads)
-        self.norm2 = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.norm2 = LayerNorm(embed_dim)
         self.mlp = nn.Sequential(OrderedDict(
             fc1=nn.Linear(embed_dim, 4 * embed_dim),
             act=nn.GELU(),
@@ -249,7 +253,7 @@ class ViT(nn.Module):
 
         # With the mean of the patch tokens the last norm comes after the mean, under another name (as in
         # MAE's code).
-        norm = nn.LayerNorm(embed_dim, eps=1e-6)                     # PyTorch's own eps is ten times as large
+        norm = LayerNorm(embed_dim)
         self.norm = norm if global_pool == "token" else nn.Identity()
         self.fc_norm = norm if global_pool == "avg" else nn.Identity()
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -312,7 +316,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, embed_dim))
         self.decoder_pos_embed = fixed_positions(embed_dim, encoder.grid)
         self.decoder_blocks = nn.Sequential(*(Block(embed_dim, num_heads) for _ in range(depth)))
-        self.decoder_norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.decoder_norm = LayerNorm(embed_dim)
         self.decoder_pred = nn.Linear(embed_dim, encoder.patch_size ** 2 * encoder.in_chans)
         self.apply(init_weights)
 
@@ -412,10 +416,10 @@ def stored_grid(table, patch_size, saved, given):
     12×12 or 9×16. saved, given: image sizes, of the file and of the caller, or None. Raises UserError if
     nothing fits."""
     # A fixed sine-cosine table says so itself: try every shape that has as many patches.
-    places, dim = table.shape[1] - 1, table.shape[2]
+    places, dim = table[0, 1:].shape                                  # without the class token's row
     for rows in range(1, places + 1):
         grid = (rows, places // rows)
-        if math.prod(grid) == places and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-2):
+        if places % rows == 0 and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-2):
             return grid
 
     # A learned one is of the first of these sizes that has as many patches.
@@ -682,12 +686,10 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
 
     def find_classes(self, root):
         """→ classes (names), and the number of each sub-folder: torchvision asks for them."""
-        folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
-        files = [entry.path for entry in os.scandir(root) if entry.is_file()]
-        if len(folders) < 2 or any(map(is_image, files)):
+        paths = sorted(pathlib.Path(root).iterdir())
+        folders = [path.name for path in paths if path.is_dir() and path.name[0] != "."]
+        if len(folders) < 2 or any(map(is_image, paths)):
             return [], {"": -1}                                       # all below root itself, with label −1
-        for path in files:
-            self.keep(path)
         classes = self.classes or folders
         unknown = set(folders) - set(classes)
         if unknown:
@@ -723,17 +725,14 @@ def torchvision_datasets(name, root):
         if "train" in inspect.signature(make).parameters:
             option, values = "train", (True, False)
         return [make(root, download=True, transform=v2.PILToTensor(), **{option: value}) for value in values]
-    except (KeyError, RuntimeError, OSError, TypeError, ValueError, ImportError) as error:
+    except Exception as error:                                        # every dataset has its own kinds
         raise UserError(f"--data {name} is no folder, and torchvision cannot load such a dataset: {error}")
 
 
 def labels_of(dataset):
     """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of labels.
     Maps, or several labels per image, count as unknown."""
-    labels = None
-    of_torchvision = isinstance(dataset, torchvision.datasets.VisionDataset)
-    for name in ("_labels", "labels", "targets") if of_torchvision else ["targets"]:
-        labels = getattr(dataset, name, labels)
+    labels = getattr(dataset, "targets", getattr(dataset, "_labels", None))  # the second is torchvision's
     if labels is None:
         labels = [dataset[i][1] for i in range(len(dataset))]
     if len(labels) and np.ndim(labels[0]):
@@ -746,9 +745,8 @@ def open_data(args):
     if args.data is None:
         # Validation scenes have numbers so high that no training scene has them.
         size = min(to_pair(args.size or 64))
-        count, val_count = (min(number, args.limit or number) for number in (20_000, 4_000))
-        val = Scenes(val_count, size, args.seed, first=1 << 40)
-        return Scenes(count, size, args.seed), val
+        val = Scenes(min(args.limit or 4_000, 4_000), size, args.seed, first=1 << 40)
+        return Scenes(args.limit or 20_000, size, args.seed), val
     if not os.path.isdir(args.data):
         return torchvision_datasets(args.data, args.root)
     # ImageNet's layout is train/CLASS and val/CLASS. Any other folder is searched for images as it is.
@@ -772,65 +770,58 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
         if run.world > 1 and not run.local_rank:
             dist.barrier()
 
-    check_items(train, val)
     image, label = train[0]
+    check_items(image, train, val)
     args.in_chans = len(image)
-    choose_size(args, run, train)
+    choose_size(args, run, image)
     run.print(f"images of {args.size[0]}×{args.size[1]} pixels in patches of {args.patch}×{args.patch}")
-    choose_mean_and_std(args, train)
+    choose_mean_and_std(args, train, image)
 
     # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
     # of a small model. Maps (np.ndim(label) > 0) are not.
     num_pixels = len(train) * math.prod(args.size)
-    no_files = args.data is None or isinstance(train, Images)
-    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
+    if args.data is None or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
 
 
-def check_items(train, val):
-    """Raises UserError if datasets do not give what they should, as those of other projects may."""
-    image, _ = train[0]
+def check_items(image, train, val):
+    """Raises UserError if datasets do not give what they should, as those of other projects may. image: the
+    first of the training images."""
     if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
-    normalised = image.min() < 0 and image.abs().max() < 20
-    if image.is_floating_point() and (normalised or 0 < image.max() <= 1):
+    if image.is_floating_point() and 0 < image.max() < 20:
         raise UserError("a dataset has to give pixels from 0 to 255, not from 0 to 1 or normalised ones")
-    names = [getattr(part, "classes", None) for part in (train, val)]
-    names = [list(part) for part in names if part is not None and len(part)]
-    if len(names) == 2 and names[0] != names[1]:
+    names = [list(getattr(part, "classes", ())) for part in (train, val)]
+    if all(names) and names[0] != names[1]:
         raise UserError("the classes of the training and validation images differ in names or order")
 
 
-def choose_size(args, run, train):
+def choose_size(args, run, image):
     """Puts size and patch into args, unless they are given. Without --size, images keep their size, rounded
-    down to whole patches. Those of --data may differ in size: they become squares with the usual shorter
-    side, at most 224 pixels (64 without CUDA)."""
-    sides = to_pair(args.size or train[0][0].shape[1:])
+    down to whole patches. Those of --data may differ in size: they become squares with the shorter side of
+    the first one, at most 224 pixels (64 without CUDA)."""
+    sides = args.size or image.shape[1:]
     if args.data is not None and args.size is None:
-        usual = np.median([min(train[i][0].shape[1:]) for i in spread(len(train), 50).tolist()])
-        sides = to_pair(min(int(usual), 224 if run.device.type == "cuda" else 64))
+        sides = to_pair(min(*sides, 224 if run.on_gpu else 64))
     if args.patch is None:                                            # 4 or 8 if at most 12 fit on a side
-        largest = 14 if args.model == "huge" else 16
-        args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), largest)
-    if args.size is None:
-        sides = [max(args.patch, side - side % args.patch) for side in sides]
-    args.size = tuple(sides)
+        args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), 16)
+    args.size = args.size or tuple(max(args.patch, side - side % args.patch) for side in sides)
 
 
-def choose_mean_and_std(args, train):
+def choose_mean_and_std(args, train, image):
     """Puts the mean and standard deviation of each channel into args, by which pixels are normalised: those
     given, or those the dataset names, or else those of some 500 of its images."""
-    if args.mean is None or args.std is None:
-        mean, std = getattr(train, "mean", None), getattr(train, "std", None)
-        if mean is None or std is None:
-            ids = spread(len(train), 500).tolist()
-            pixels = [center_crop(train[i][0], args.size).flatten(1).float() for i in ids]
-            std, mean = torch.std_mean(torch.cat(pixels, dim=1), dim=1)  # of (C, all pixels)
-            std = std.clamp(min=1)                                    # a channel may be the same everywhere
-        args.mean = args.mean or [float(value) for value in mean]     # of a list, array or tensor
-        args.std = args.std or [float(value) for value in std]
-    if max(args.std) < 1 < train[0][0].max():
+    mean = args.mean or getattr(train, "mean", None)
+    std = args.std or getattr(train, "std", None)
+    if mean is None or std is None:
+        ids = spread(len(train), 500).tolist()
+        pixels = [center_crop(train[i][0], args.size).flatten(1).float() for i in ids]
+        std, mean = torch.std_mean(torch.cat(pixels, dim=1), dim=1)   # of (C, all pixels)
+        std = std.clamp(min=1)                                        # a channel may be the same everywhere
+    args.mean = args.mean or [float(value) for value in mean]         # of a list, array or tensor
+    args.std = args.std or [float(value) for value in std]
+    if max(args.std) < 1 < image.max():
         raise UserError("mean and std have to be in pixel values, 0 to 255: multiply by 255")
     if not len(args.mean) == len(args.std) == args.in_chans:
         raise UserError(f"the images have {args.in_chans} channels; --mean, --std or --init is for "
@@ -929,14 +920,14 @@ def apply_transform(transform, images, labels):
     return transform(tv_tensors.Image(images), labels)
 
 
+@dataclass
 class View(Dataset):
     """A dataset seen through a transform: view[ids, seed] → images (b, C, H, W), labels (b,), seed. Random
     numbers for an image depend on the seed and its number alone, whichever worker process reads it. Images
     of 8 bits, uint8, and of 16, float32, make one batch of float32."""
 
-    def __init__(self, dataset, transform):
-        self.dataset = dataset
-        self.transform = transform
+    dataset: object
+    transform: object
 
     def __getitem__(self, key):
         ids, seed = key
@@ -977,7 +968,7 @@ def file_batches(dataset, plan, run, transform):
         batch_size=None,                                              # one item of the view is a batch
         num_workers=run.args.workers,
         worker_init_fn=ignore_signals,
-        pin_memory=run.device.type == "cuda",                         # so that a copy need not be waited for
+        pin_memory=run.on_gpu,                                        # so that a copy need not be waited for
     )
     for images, labels, seed in loader:
         torch.manual_seed(seed)
@@ -987,11 +978,11 @@ def file_batches(dataset, plan, run, transform):
 def memory_batches(dataset, plan, run, transform):
     """A dataset in memory moves to the device once, as uint8. For speed eight images are cropped at a time,
     all in the same way [not in the paper]."""
-    images, targets = dataset.images.to(run.device), dataset.targets.to(run.device)
+    tensors = [tensor.to(run.device) for tensor in dataset.tensors]   # images and targets
     for ids, seed in plan:
         torch.manual_seed(seed)
-        ids = ids.to(run.device, non_blocking=run.device.type == "cuda")
-        eights = zip(images[ids].split(8), targets[ids].split(8))
+        ids = ids.to(run.device, non_blocking=run.on_gpu)
+        eights = zip(*(tensor[ids].split(8) for tensor in tensors))
         parts = [apply_transform(transform, *eight) for eight in eights]
         yield map(torch.cat, zip(*parts))
 
@@ -1010,10 +1001,9 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
 
     # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device. A copy
     # that nobody waits for is safe on CUDA; on a Mac's GPU the images could be lost before it is made.
-    on_gpu = run.device.type == "cuda"
     for images, labels in source(dataset, plan, run, transform):
-        images = images.to(run.device, non_blocking=on_gpu)
-        labels = labels.to(run.device, non_blocking=on_gpu).long()
+        images = images.to(run.device, non_blocking=run.on_gpu)
+        labels = labels.to(run.device, non_blocking=run.on_gpu).long()
         if labels.ndim > 1:
             labels = labels.where(labels != 255, -100)                # cross_entropy leaves these out
         yield (images.float() - mean) / std, labels
@@ -1090,7 +1080,8 @@ class Run:
         # Nothing is lost to a forgotten --out: refuse at once.
         options = vars(args)                                          # not every script has all of them
         there = any(os.path.exists(f"{args.out}/{name}") for name in ("args.json", "last.pt", "best.pt"))
-        self.may_replace = args.resume or args.overwrite or options.get("unsaved")
+        self.may_replace = args.resume or args.overwrite
+        self.resumes = args.resume and os.path.exists(f"{args.out}/last.pt")
         if there and not self.may_replace:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
@@ -1112,15 +1103,16 @@ class Run:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.on_gpu = self.device.type == "cuda"
         if self.world > 1 and not dist.is_initialized():
             # Gradients go from GPU to GPU (NCCL); some numbers stay on the CPU (Gloo).
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
 
         # Matrix products in 16 bits take half the time. bf16 has the range of float32. fp16 does not: small
         # gradients would vanish, so the scaler scales the loss up.
         precision = "fp32"
-        if self.device.type == "cuda":
+        if self.on_gpu:
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"there is no GPU number {self.local_rank}: fewer processes, or --device cpu")
             torch.cuda.set_device(self.local_rank)
@@ -1135,8 +1127,8 @@ class Run:
         # --batch images per step, over all processes, so that learning does not depend on their number.
         # Each process takes its part in micro-batches that fit into memory; their gradients add up.
         self.accumulate = math.ceil(args.batch / self.world / (args.micro_batch or 256))
-        self.micro_batch = args.batch // (self.world * self.accumulate)
-        if self.world * self.accumulate * self.micro_batch != args.batch:
+        self.micro_batch, rest = divmod(args.batch, self.world * self.accumulate)
+        if rest:
             raise UserError(
                 f"--batch {args.batch} does not divide into {self.world} × {self.accumulate} micro-batches: "
                 f"see --micro-batch")
@@ -1148,7 +1140,7 @@ class Run:
         gradients. inputs: what `forward` takes besides images; with them a GPU run logs "mfu" (model FLOPs
         utilisation): its speed relative to large matrix products."""
         model.to(self.device)
-        if inputs and self.device.type == "cuda":
+        if inputs and self.on_gpu:
             images = torch.zeros(self.micro_batch, self.args.in_chans, *self.args.size, device=self.device)
             with FlopCounterMode(display=False) as counter, torch.no_grad(), self.autocast:
                 model(images, *inputs)
@@ -1166,7 +1158,7 @@ class Run:
         large = sum(parameter.numel() for parameter in model.parameters()) > 4_000_000
         learns = any(parameter.requires_grad for parameter in model.parameters())
         # For a small model compiling takes longer than it saves. It needs Triton, which is not for Windows.
-        triton = self.device.type == "cuda" and importlib.util.find_spec("triton")
+        triton = self.on_gpu and importlib.util.find_spec("triton")
         if self.args.compile or (self.args.compile is None and large and triton):
             self.print("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
@@ -1187,7 +1179,7 @@ class Run:
             self.warmup_steps = min(args.warmup * self.steps_per_epoch, self.total_steps / 5)
 
         # Random numbers are a function of (seed, step), so the step is all there is to know about them.
-        if args.resume:
+        if self.resumes:
             saved = read_checkpoint(f"{args.out}/last.pt")
             try:
                 # AutoMAE's prior and MRA's augmentor resume by themselves, whatever the command line says.
@@ -1215,20 +1207,17 @@ class Run:
         """Removes what an older run left, and writes OUT/args.json: options, versions, device and commit."""
         args = self.args
         os.makedirs(args.out, exist_ok=True)
-        code = pathlib.Path(__file__).parent
-        commit = subprocess.getoutput(f"git -C '{code}' rev-parse HEAD 2>/dev/null")  # or nothing
-        on_gpu = self.device.type == "cuda"
         made_with = dict(
             torch=torch.__version__,
             cuda=torch.version.cuda,
             python=sys.version,
-            commit=commit,
-            device_name=torch.cuda.get_device_name() if on_gpu else platform.machine(),
+            commit=subprocess.getoutput(f"git -C '{os.path.dirname(__file__)}' rev-parse HEAD 2>/dev/null"),
+            device_name=torch.cuda.get_device_name() if self.on_gpu else platform.machine(),
         )
         # "x" fails if there is such a file: of two runs that start at once, one is refused.
         with open(f"{args.out}/args.json", "w" if self.may_replace else "x") as file:
             json.dump(vars(args) | made_with, file, indent=1)
-        if not args.resume:
+        if not self.resumes:
             self.clear()
 
     def clear(self, *names):
@@ -1308,13 +1297,13 @@ class Run:
         if self.world > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX)
         stop, waited = facts.tolist()
-        ends_epoch = self.step % self.steps_per_epoch == 0
+        done = self.step % self.steps_per_epoch or self.steps_per_epoch  # steps of this epoch
+        ends_epoch = done == self.steps_per_epoch
         if not (stop or ends_epoch or waited > 8):
             return
 
         # The mean of each logged value over the epoch so far, and over all processes. This waits for the
         # GPU, which is why it is not done after every step.
-        done = (self.step - 1) % self.steps_per_epoch + 1
         means = {}
         for name, value in self.sums.items():
             mean = value / (done * self.world)
@@ -1333,11 +1322,11 @@ class Run:
         last = self.step == self.total_steps
         line = dict(
             step=self.step,
-            epoch=round(self.step / self.steps_per_epoch, 2),
+            epoch=self.step / self.steps_per_epoch,
             **means,
             **self.numbers,
-            images_per_s=round(self.args.batch * self.step / seconds, 1),
-            seconds=round(seconds, 1),
+            images_per_s=self.args.batch * self.step / seconds,
+            seconds=seconds,
         )
         if self.peak_images_per_s:
             line["mfu"] = line["images_per_s"] / self.peak_images_per_s
@@ -1352,10 +1341,9 @@ class Run:
 
         # A checkpoint holds all that the next step depends on. Saving takes at most 2 % of the time.
         if stop or last or now > self.save_at:
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
             self.save(
                 "last.pt",
-                **parts,
+                **{name: part.state_dict() for name, part in self.parts.items()},
                 step=self.step,
                 seconds=seconds,
                 sums=self.sums,
@@ -1444,8 +1432,8 @@ def shared_options(description):
     return parser
 
 
-MAY_CHANGE = {"resume", "unsaved", "overwrite", "out", "epochs", "device", "precision", "workers", "compile",
-              "root", "checkpoint_blocks", "micro_batch", "init", "augmentor", "prior"}
+MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "workers", "compile", "root",
+              "checkpoint_blocks", "micro_batch", "init", "augmentor", "prior"}
 
 
 def kind_of_data(args):
@@ -1453,16 +1441,14 @@ def kind_of_data(args):
     50,000 images, the usual one of 100 pixels or more."""
     if args.data is None:
         return "scenes"
-    count, sides = 0, []
-    for folder, _, names in os.walk(args.data, followlinks=True):
-        paths = [f"{folder}/{name}" for name in names if os.path.splitext(name)[1].lower() in ENDINGS]
-        count += len(paths)
-        for path in filter(is_image, paths[:5]):                      # some of every folder
-            with contextlib.suppress(Exception):                      # whatever Pillow says of it
-                sides.append(min(Image.open(path).size))
-        if count > 50_000:
-            break
-    return "imagenet" if count > 50_000 and np.median(sides or [0]) >= 100 else "small"
+    folders = os.walk(args.data, followlinks=True)
+    files = (f"{folder}/{name}" for folder, _, names in folders for name in names)
+    paths = list(itertools.islice(filter(is_image, files), 50_001))
+    sides = [0]
+    for path in paths[::500]:
+        with contextlib.suppress(Exception):                          # whatever Pillow says of it
+            sides.append(min(Image.open(path).size))
+    return "imagenet" if len(paths) > 50_000 and np.median(sides) >= 100 else "small"
 
 
 def parse_args(parser, script, preset, arguments=None):
@@ -1480,12 +1466,13 @@ def parse_args(parser, script, preset, arguments=None):
         if getattr(args, "eval", False):                              # it must not replace what it evaluates
             out += "-eval"
 
-    # The values that are not given on the command line. AutoMAE and MRA first train something in a folder
-    # inside OUT, which resumes by itself. If there is no more, OUT has nothing to resume from.
+    # The values that are not given on the command line. A run may have been stopped before its first
+    # checkpoint, as by AutoMAE's prior or MRA's augmentor, which come first and resume by themselves.
     folder = pathlib.Path(out)
-    first = (folder / "prior").exists() or (folder / "augmentor").exists()
-    resume = args.resume and ((folder / "last.pt").exists() or not first)
-    if resume:
+    if args.resume and not folder.exists():
+        raise UserError(f"there is no run in {out}")
+    resumes = args.resume and (folder / "last.pt").exists()
+    if resumes:
         values = read_checkpoint(f"{out}/last.pt")["args"]
     else:
         values = dict(preset(args, kind_of_data(args)))
@@ -1494,23 +1481,20 @@ def parse_args(parser, script, preset, arguments=None):
         # reached 0.17 instead of 0.26).
         if args.batch and "updates" in values:
             values["lr"] *= min(1, values["batch"] / args.batch)
-        if args.resume and (folder / "args.json").exists():           # it had begun, but not saved anything
+        if args.resume and (folder / "args.json").exists():
             values |= json.loads((folder / "args.json").read_text())
     parser.set_defaults(**values)
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     args = parser.parse_args(arguments)
     if args.resume:
         args.overwrite = False
-    args.unsaved = args.resume and not resume                         # it goes on before its first checkpoint
-    args.out, args.resume = out, resume
+    args.out = out
     args.size = args.size and to_pair(args.size)
 
-    # A finished evaluation that has trained nothing may be replaced.
-    log = folder / "log.jsonl"
-    trained = (folder / "last.pt").exists() or (folder / "best.pt").exists()
-    if named_by_task and log.exists() and '"task"' in log.read_text() and not trained:
+    # A finished evaluation has trained nothing and may be replaced.
+    if named_by_task and (folder / "log.jsonl").exists() and not any(folder.glob("*.pt")):
         args.overwrite = True
     for name, value in values.items():
-        if args.resume and getattr(args, name) != value and name not in MAY_CHANGE:
+        if resumes and getattr(args, name) != value and name not in MAY_CHANGE:
             raise UserError(f"the run in {out} has --{name.replace('_', '-')} {value}: leave it out")
     return args

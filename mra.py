@@ -63,7 +63,6 @@ Details that matter
 
 import argparse
 import copy
-import os
 
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, ImageFolder, Run, Scenes, UserError, ViT, batches, decay_groups, entry, gather_tokens,
@@ -321,7 +320,7 @@ def run_in_folder(function, args, folder, train, val, **overrides):
     run resumes, a finished one is only evaluated again; --overwrite without --resume starts over."""
     options = argparse.Namespace(**(vars(args) | overrides))
     options.out = f"{args.out}/{folder}"
-    options.resume = os.path.exists(f"{options.out}/last.pt") and (args.resume or not args.overwrite)
+    options.resume = args.resume or not args.overwrite
     options.overwrite = True
     result = function(options, train, val)
     if dist.is_initialized():
