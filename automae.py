@@ -383,7 +383,6 @@ def draw(model, prior, dataset, run):
     save_image_rows(f"{args.out}/masks.png", {
         title: to_pixels(unpatchify(row, encoder.patch_size, encoder.img_size), args)
         for title, row in rows.items()})
-    run.print(f"images: {args.out}/masks.png")
 
 
 # --------------------------------------------------------------------------------------------- command line

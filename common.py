@@ -1016,8 +1016,8 @@ def to_pixels(images, args):
 
 
 def save_image_rows(path, rows):
-    """Writes a PNG. rows: {title: uint8 images (n, C, H, W)}, all of one shape; each row stands under its
-    title. Of images with other than 1 or 3 channels the first is shown."""
+    """Writes a PNG, and says where. rows: {title: uint8 images (n, C, H, W)}, all of one shape; each row
+    stands under its title. Of images with other than 1 or 3 channels the first is shown."""
     # All rows are one grid, with gaps high enough for a line of text.
     images = torch.cat([*rows.values()])
     images = images if images.shape[1] == 3 else images[:, :1]
@@ -1029,6 +1029,7 @@ def save_image_rows(path, rows):
         place = (gap, 3 + k * (images.shape[2] + gap))
         ImageDraw.Draw(canvas).text(place, title, "black", ImageFont.load_default(15))
     canvas.save(path)
+    say(f"images: {path}")
 
 
 # ------------------------------------------------------------------------------------------------------ run

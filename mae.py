@@ -82,10 +82,9 @@ def random_noise(batch, grid, device):
 def grid_noise(batch, grid, device):
     """→ (B, N): of every 2×2 patches the upper left one stays (figure 6). If more have to stay, random others
     are added; if fewer, a random choice of these stays [not in the paper]."""
-    row = torch.arange(grid[0], device=device)[:, None]
-    column = torch.arange(grid[1], device=device)
-    odd = row % 2 | column % 2                                        # (h, w): 0 where a patch stays
-    return random_noise(batch, grid, device) + odd.flatten()
+    noise = random_noise(batch, grid, device).unflatten(1, grid)      # (B, h, w)
+    noise[:, ::2, ::2] -= 1                                           # lower than all others
+    return noise.flatten(1)
 
 
 def block_noise(batch, grid, device, rectangles=24):
@@ -107,8 +106,7 @@ def block_noise(batch, grid, device, rectangles=24):
     # Earlier rectangles get higher numbers, so they are hidden first. The one that would hide too much is
     # hidden only in part: its first patches in reading order stay visible, so the count is exact
     # [not in the paper].
-    rank = torch.arange(rectangles, 0, -1, device=device)
-    number = (covered * rank[:, None, None]).amax(dim=1).flatten(1)   # (B, N)
+    number = (covered.cumsum(dim=1) > 0).sum(dim=1).flatten(1)        # (B, N)
     order = torch.linspace(0, 0.9, rows * columns, device=device)     # less than 1: for equal numbers alone
     return number + order
 
@@ -226,8 +224,7 @@ def prepare(args, run, train=None, val=None, **options):
         args.size, args.patch = encoder.img_size, encoder.patch_size
         args.mean = args.mean or encoder.mean
         args.std = args.std or encoder.std
-    opener = open_maps if args.task == "segment" else open_data
-    train, val = prepare_data(args, run, train, val, opener)
+    train, val = prepare_data(args, run, train, val, open_maps if args.task == "segment" else open_data)
     torch.manual_seed(args.seed)
     if encoder is None:
         vit_args = VITS[args.model] | dict(patch_size=args.patch)
@@ -245,8 +242,8 @@ def pretrain(args, train=None, val=None):
     `mae.pretrain(mae.parse(["--out", "runs/mine"]), train)`; size, mean and std are then taken from the data.
     """
     run = Run(args)
-    options = dict(num_classes=0, global_pool="token")                # drops a classifier's head
-    encoder, train, val = prepare(args, run, train, val, **options)
+    # num_classes=0 drops the head of a classifier.
+    encoder, train, val = prepare(args, run, train, val, num_classes=0, global_pool="token")
     decoder = Decoder(encoder, **args.decoder)
     if args.init is not None:
         try:
@@ -258,8 +255,7 @@ def pretrain(args, train=None, val=None):
     # To the device; compiled; DDP. With the other arguments of `forward`, `wrap` also measures how well a GPU
     # is used.
     wrapped = run.wrap(model, args.mask_ratio)
-    groups = decay_groups(model, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     # From here on the run writes into --out. With --resume it continues where the checkpoint stands.
     ids = spread(len(train), args.limit)
@@ -310,21 +306,18 @@ def validation_loss(model, val, run):
     return sum(losses).item()
 
 
-def draw(model, dataset, run, count=10):
+def draw(model, dataset, run):
     """Writes OUT/reconstruction.png: images, what the encoder sees of them, and what the decoder makes of
     that."""
     args = run.args
-    ids = spread(len(dataset), count)
-    images, _ = next(batches(dataset, [(ids, args.seed)], run))
+    images, _ = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
     masked, filled = model.eval().reconstruct(images, args.mask_ratio)
     note = " (hidden patches with their true mean and contrast)" if model.norm_pixels else ""
-    path = f"{args.out}/reconstruction.png"
-    save_image_rows(path, {
+    save_image_rows(f"{args.out}/reconstruction.png", {
         "image": to_pixels(images, args),
         f"{1 - args.mask_ratio:.0%} visible": to_pixels(masked, args),
         "reconstruction" + note: to_pixels(filled, args),
     })
-    run.print(f"images: {path}")
 
 
 # ==========================================================================================================
@@ -352,10 +345,8 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
 
 def class_names(dataset):
     """→ the names of a dataset's classes; of a dataset without names their numbers."""
-    names = getattr(dataset, "classes", None)
-    if names is None or not len(names):
-        names = range(int(labels_of(dataset).max()) + 1)
-    return [str(name) for name in names]
+    names = list(getattr(dataset, "classes", ()))
+    return [str(name) for name in names or range(int(labels_of(dataset).max()) + 1)]
 
 
 def in_parts(ids, size=100):
@@ -429,8 +420,8 @@ def report(encoder, train, val, run):
         return run.print("the data have no labels, or no validation images: the features are not evaluated")
     torch.manual_seed(args.seed)
     untrained = ViT(**encoder.config).to(run.device)
-    after = feature_accuracy(linear, encoder, train, ids, val, val_ids, run)
-    before = feature_accuracy(linear, untrained, train, ids, val, val_ids, run)
+    after, before = [feature_accuracy(linear, vit, train, ids, val, val_ids, run)
+                     for vit in (encoder, untrained)]
     run.print(f"a linear classifier on the frozen features of {len(ids)} images: accuracy {after:.3f}, "
               f"an untrained encoder's {before:.3f}, by chance {1 / len(class_names(train)):.3f}")
     run.write_log(step=run.step, linear_trained=after, linear_untrained=before)
@@ -469,26 +460,22 @@ def make_classifier(args, vit, num_classes):
                 f"{args.init} is no classifier of these classes (a probe's is its best.pt): train one first, "
                 f"without --eval")
         return
-    vit.head = nn.Linear(vit.embed_dim, num_classes)
-    std = 0.01 if args.task == "probe" else 2e-5
-    nn.init.trunc_normal_(vit.head.weight, std=std)
-    nn.init.zeros_(vit.head.bias)
+    probe = args.task == "probe"
+    head = nn.Linear(vit.embed_dim, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.01 if probe else 2e-5)
+    nn.init.zeros_(head.bias)
     vit.config["num_classes"] = num_classes
 
-    # Fine-tuning trains everything, or with --train-blocks k the last k blocks, the norm and the head
-    # (section 4.3; tokens and the rest stay as they are [not in the paper]). The probe trains the head alone,
-    # behind a BatchNorm that has no weights.
-    trained = [vit]
-    if args.train_blocks is not None:
-        first = max(0, len(vit.blocks) - args.train_blocks)
-        trained = [vit.blocks[first:], vit.norm, vit.fc_norm, vit.head]
-    if args.task == "probe":
-        norm = nn.BatchNorm1d(vit.embed_dim, affine=False, eps=1e-6)
-        vit.head = nn.Sequential(norm, vit.head)
-        trained = [vit.head]
-    vit.requires_grad_(False)
-    for module in trained:
-        module.requires_grad_(True)
+    # The probe trains the head alone, behind a BatchNorm that has no weights. Fine-tuning trains everything,
+    # or with --train-blocks k the last k blocks, the norm and the head (section 4.3; tokens and the rest stay
+    # as they are [not in the paper]).
+    vit.requires_grad_(not probe and args.train_blocks is None)
+    if probe:
+        head = nn.Sequential(nn.BatchNorm1d(vit.embed_dim, affine=False, eps=1e-6), head)
+    elif args.train_blocks is not None:
+        for module in (*vit.blocks[::-1][:args.train_blocks], vit.norm, vit.fc_norm):
+            module.requires_grad_(True)
+    vit.head = head
 
 
 def plain_state(module):
@@ -516,37 +503,32 @@ def evaluate(model, dataset, ids, run):
     # `.forward` skips torch.compile, which would compile anew for each batch size.
     predict = model.eval().forward
     transform, batch_size = None, 100
-    k = min(5, num_classes)
     if is_segmenter:
         # `predict` resizes images itself, so they are not cropped. Files differ in size and form no batch.
         predict = model.predict
         transform = v2.Identity()
         batch_size = 100 if isinstance(dataset, Images) else 1
-        k = 1
 
     # Every process takes its part of the images, so that none is counted twice.
     plan = in_parts(ids[run.rank::run.world], batch_size)
-    counts = torch.zeros(3, num_classes, dtype=torch.long, device=run.device)
-    topk_correct = counts.new_zeros(())
+    # confusion[i, j] counts images, or pixels, whose true class is i and whose predicted class is j.
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=run.device)
+    top5 = confusion.new_zeros(())
     for images, labels in batches(dataset, plan, run, transform=transform):
         with run.autocast:
-            predictions = predict(images).topk(k, dim=1).indices      # (b, k, …), the best first
-        topk_correct += (predictions == labels[:, None]).sum()
-        known = labels >= 0
-        labels, predictions = labels[known], predictions[:, 0][known]
-        # How often is each class the truth, the prediction, and both?
-        hits = labels[labels == predictions]
-        for row, classes in zip(counts, (labels, predictions, hits)):
-            row.index_add_(0, classes, torch.ones_like(classes))
+            best = predict(images).topk(min(5, num_classes), dim=1).indices  # (b, 5, …), the best first
+        top5 += (best == labels[:, None]).sum()
+        cells = (num_classes * labels + best[:, 0])[labels >= 0]      # −100: unknown
+        confusion += cells.bincount(minlength=num_classes ** 2).view_as(confusion)
     if run.world > 1:
-        dist.all_reduce(counts)
-        dist.all_reduce(topk_correct)
-    truth, predicted, correct = counts
-    accuracy = correct.sum() / truth.sum()
+        dist.all_reduce(confusion)
+        dist.all_reduce(top5)
+    correct = confusion.diagonal()
+    accuracy = correct.sum() / confusion.sum()
     if not is_segmenter:
-        top5 = topk_correct / truth.sum()
+        top5 = top5 / confusion.sum()
         return dict(top1=accuracy.item(), top5=top5.item())
-    union = truth + predicted - correct
+    union = confusion.sum(dim=0) + confusion.sum(dim=1) - correct
     iou = correct / union.clamp(min=1)
     mean = iou[union > 0].mean()
     return dict(mean_iou=mean.item(), pixel_accuracy=accuracy.item(), class_iou=iou.tolist())
@@ -580,14 +562,14 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
     # The probe learns with LARS. Fine-tuning learns with AdamW, and early layers more slowly than late
     # ones: what they see in any image, edges and colours, need not change much.
     if args.task == "probe":
-        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.0, momentum=0.9)
+        optimizer = torch.optim.SGD(model.head.parameters(), momentum=0.9)
         optimizer.register_step_pre_hook(lars)
     else:
         def scale(name):
             return layer_scale(name.removeprefix("encoder."), args.vit["depth"], args.layer_decay)
 
         groups = decay_groups(model, args.weight_decay, scale)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), fused=True)
+        optimizer = torch.optim.AdamW(groups, fused=True)             # PyTorch's betas are the recipe's
 
     if args.eval:
         args.epochs, ids = 0, ids[:0]                                 # the loop below has no step
@@ -629,10 +611,9 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
             # OUT/best.pt keeps the weights that do best on validation images, by the first of the results.
             # OUT/last.pt has those of the last step.
             measure = next(iter(result))
-            best = max([line.get(measure, 0.0) for line in run.history], default=0.0)
-            if result[measure] >= best:
+            if all(result[measure] >= line.get(measure, 0.0) for line in run.history):
                 states = {name: plain_state(part) for name, part in parts.items()}
-                run.save("best.pt", **states, **result, step=step + 1)
+                run.save("best.pt", **states, **result)
             run.log(**result)
     finish(run, result or evaluate(model, val, val_ids, run))
 
@@ -647,7 +628,7 @@ def classify(args, train=None, val=None):
         options = {}                                                  # the model stays as it is
     # The ViT is pre-trained, a classifier already (--eval), or new.
     model, train, val = prepare(args, run, train, val, **options)
-    ids = labelled_ids(train, args.limit, args.seed, None if args.eval else args.labels)
+    ids = labelled_ids(train, args.limit, args.seed, args.labels)
     val_ids = labelled_ids(val, args.limit)
     args.classes = class_names(train)
     if args.task == "knn":
@@ -659,17 +640,15 @@ def classify(args, train=None, val=None):
 
     # RandAugment: two random operations, each applied with probability 1/2. The authors' code has two more,
     # makes some stronger, and varies the magnitude; torchvision's are [not in the paper].
-    augment, mixes = None, []
+    augment = None
     if args.randaugment:
         colour = [round(value) for value in args.mean]                # for corners that a rotation empties
         operation = v2.RandAugment(1, args.randaugment, 11, v2.InterpolationMode.BICUBIC, colour)
         maybe = v2.RandomApply([operation])
         # Through PIL, because torchvision rotates no tensor with bicubic interpolation.
         augment = v2.Compose([v2.ToPILImage(), maybe, maybe, v2.PILToTensor()])
-    if args.mixup:
-        mixes.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
-    if args.cutmix:
-        mixes.append(v2.CutMix(alpha=args.cutmix, num_classes=num_classes))
+    alphas = {v2.MixUp: args.mixup, v2.CutMix: args.cutmix}
+    mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in alphas.items() if alpha]
     fit(run, model, dict(encoder=model), train, ids, val, val_ids, augment, mixes)
 
 
@@ -721,8 +700,8 @@ def open_maps(args):
         return maps
     if args.data == "voc":
         # Asked to download, torchvision would unpack the archive anew every time.
-        new = not pathlib.Path(args.root, "VOCdevkit", "VOC2012").exists()
-        parts = [VOCSegmentation(args.root, image_set=part, download=new and part == "train")
+        folder = pathlib.Path(args.root, "VOCdevkit/VOC2012")
+        parts = [VOCSegmentation(args.root, image_set=part, download=not folder.exists())
                  for part in ("train", "val")]
         return [Maps([*zip(part.images, part.masks)], VOC.split(), 0) for part in parts]
     if args.data == "pets":
@@ -739,8 +718,8 @@ def open_maps(args):
                             f"annotations/, each with training/ and validation/")
         parts.append([(path, f"{args.data}/annotations/{part}/{path.stem}.png") for path in images])
     # The highest number in a training map says how many classes there are.
-    counts = sum(np.array(Image.open(path).histogram()[:255]) for _, path in parts[0])
-    classes = range(1, max([0, *counts.nonzero()[0]]) + 1)
+    histograms = [Image.open(path).histogram()[:255] for _, path in parts[0]]
+    classes = range(1, max(np.nonzero(histograms)[1], default=0) + 1)
     return [Maps(pairs, classes, 1) for pairs in parts]
 
 
@@ -752,8 +731,7 @@ class Segmenter(nn.Module):
     def __init__(self, encoder, num_classes, head):
         super().__init__()
         self.encoder = encoder
-        self.last = min(4, len(encoder.blocks))
-        width = self.last * encoder.embed_dim
+        width = min(4, len(encoder.blocks)) * encoder.embed_dim
         layers = [nn.BatchNorm2d(width, affine=False)]
         if head == "linear":
             encoder.requires_grad_(False)
@@ -764,7 +742,7 @@ class Segmenter(nn.Module):
         self.head = nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1))
 
     def forward(self, images):
-        scores = self.head(self.encoder.feature_map(images, self.last))
+        scores = self.head(self.encoder.feature_map(images, last=4))
         return F.interpolate(scores, self.encoder.img_size, mode="bilinear")
 
     @torch.no_grad()
@@ -809,10 +787,8 @@ def segment(args, train=None, val=None):
     the one in --init is for other classes."""
     run = Run(args)
     # `feature_map` needs neither the head nor the pooling of a classifier.
-    options = dict(num_classes=0, global_pool="token", drop_path_rate=args.drop_path)
-    encoder, train, val = prepare(args, run, train, val, **options)
-    if val is None:
-        raise UserError("--task segment needs validation images with maps")
+    encoder, train, val = prepare(
+        args, run, train, val, num_classes=0, global_pool="token", drop_path_rate=args.drop_path)
     args.classes = [str(name) for name in train.classes]
     if len(args.classes) < 2:
         raise UserError("the maps have fewer than two classes; in ADE20K's layout 0 means unknown")
@@ -833,13 +809,11 @@ def segment(args, train=None, val=None):
     images, labels = next(batches(val, in_parts(spread(len(val), 8)), run))
     answers = model.eval().predict(images).argmax(dim=1)
     steps = (67 + 46 * torch.arange(args.in_chans))[:, None, None]
-    path = f"{args.out}/segmentation.png"
-    save_image_rows(path, {
+    save_image_rows(f"{args.out}/segmentation.png", {
         "image": to_pixels(images, args),
         "truth": (labels[:, None].cpu() * steps).byte(),
         "prediction": (answers[:, None].cpu() * steps).byte(),
     })
-    run.print(f"images: {path}")
 
 
 def reconstruct(args, train=None, val=None):

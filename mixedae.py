@@ -348,7 +348,6 @@ def draw(model, dataset, run):
     save_image_rows(f"{run.args.out}/mixture.png", {
         title: to_pixels(unpatchify(row, encoder.patch_size, encoder.img_size), run.args)
         for title, row in rows.items()})
-    run.print(f"images: {run.args.out}/mixture.png")
 
 
 # --------------------------------------------------------------------------------------------- command line

@@ -282,8 +282,8 @@ def pretrain(args, train=None, val=None):
 
 @torch.no_grad()
 def draw(mra, dataset, run):
-    """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategies and mask
-    ratios. Where the data know their objects, says and logs which part of them stays visible."""
+    """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategies. Where the
+    data know their objects, says and logs which part of them stays visible."""
     args = run.args
     images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
@@ -293,11 +293,10 @@ def draw(mra, dataset, run):
     # One map for all images knows where objects mostly are. Attention has to do better (detail 7).
     noises = {name: strategy(attention) for name, strategy in STRATEGIES.items()}
     noises["mean map"] = -attention.mean(0).expand_as(attention)
-    cases = [(name, args.mask_ratio) for name in noises]
     kept = {}
-    for name, ratio in cases + [("low", 0.8)]:
-        case = f"{name}, {ratio:.0%}"
-        painted, hidden = mra.paint(images, noises[name], ratio)
+    for name, noise in noises.items():
+        case = f"{name}, {args.mask_ratio:.0%}"
+        painted, hidden = mra.paint(images, noise, args.mask_ratio)
         rows[f"{case}: hidden"] = torch.where(hidden, 0.0, images)
         rows[f"{case}: reconstruction"] = painted
         rows[f"{case}: augmented"] = torch.where(hidden, painted, images)
@@ -306,10 +305,9 @@ def draw(mra, dataset, run):
             run.print(f"{case} hidden: {kept[case]:.2f} of the objects stays visible")
     save_image_rows(f"{args.out}/augmentation.png", {
         title: to_pixels(view[:10], args) for title, view in rows.items()})
-    run.print(f"images: {args.out}/augmentation.png")
     if kept:
         run.write_log(object_kept=kept)
-        low, random, _, mean_map, *_ = kept.values()
+        low, random, _, mean_map = kept.values()
         if low < max(random, mean_map):
             run.print("attention keeps no more of the objects than chance, or than one map for all images: "
                       "train the augmentor longer, or with another --seed")
@@ -335,15 +333,14 @@ def make_augmentor(args, run, train, val):
         run.clear("args.json")                                        # an older run in OUT ends here
         run_in_folder(pretrain, args, "augmentor", train, val, **args.recipe)
         args.augmentor = f"{args.out}/augmentor/last.pt"
-    mra = MRA.load(
+    return run.wrap(MRA.load(
         args.augmentor,
         args.size,
         mask_strategy=args.mask_strategy,
         mask_ratio=args.mask_ratio,
         apply=args.apply,
         mean=args.mean,
-        std=args.std)
-    return run.wrap(mra)
+        std=args.std))
 
 
 # ------------------------------------------------------------------------------------ training a classifier

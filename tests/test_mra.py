@@ -371,7 +371,6 @@ def test_the_augmentor_is_drawn_and_judged(augmentor):
     out = augmentor.removesuffix("/last.pt")
     kept = log_of(out)[-1]["object_kept"]
     assert {"low, 40%", "random, 40%", "high, 40%", "mean map, 40%"} <= kept.keys()
-    assert kept["low, 40%"] > kept["low, 80%"]
     assert common.Image.open(f"{out}/augmentation.png").width > 1280
 
 
