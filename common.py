@@ -686,9 +686,9 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
 
     def find_classes(self, root):
         """→ classes (names), and the number of each sub-folder: torchvision asks for them."""
-        paths = sorted(pathlib.Path(root).iterdir())
-        folders = [path.name for path in paths if path.is_dir() and path.name[0] != "."]
-        if len(folders) < 2 or any(map(is_image, paths)):
+        entries = list(os.scandir(root))
+        folders = sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+        if len(folders) < 2 or any(is_image(entry.path) for entry in entries):
             return [], {"": -1}                                       # all below root itself, with label −1
         classes = self.classes or folders
         unknown = set(folders) - set(classes)
@@ -732,7 +732,10 @@ def torchvision_datasets(name, root):
 def labels_of(dataset):
     """→ all labels (M,), −1 for unknown. Goes through all images only if the dataset has no list of labels.
     Maps, or several labels per image, count as unknown."""
-    labels = getattr(dataset, "targets", getattr(dataset, "_labels", None))  # the second is torchvision's
+    labels = None
+    of_torchvision = isinstance(dataset, torchvision.datasets.VisionDataset)
+    for name in ("_labels", "labels", "targets") if of_torchvision else ["targets"]:
+        labels = getattr(dataset, name, labels)
     if labels is None:
         labels = [dataset[i][1] for i in range(len(dataset))]
     if len(labels) and np.ndim(labels[0]):
@@ -746,7 +749,7 @@ def open_data(args):
         # Validation scenes have numbers so high that no training scene has them.
         size = min(to_pair(args.size or 64))
         val = Scenes(min(args.limit or 4_000, 4_000), size, args.seed, first=1 << 40)
-        return Scenes(args.limit or 20_000, size, args.seed), val
+        return Scenes(min(args.limit or 20_000, 20_000), size, args.seed), val
     if not os.path.isdir(args.data):
         return torchvision_datasets(args.data, args.root)
     # ImageNet's layout is train/CLASS and val/CLASS. Any other folder is searched for images as it is.
@@ -780,7 +783,8 @@ def prepare_data(args, run, train=None, val=None, open_data=open_data):
     # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
     # of a small model. Maps (np.ndim(label) > 0) are not.
     num_pixels = len(train) * math.prod(args.size)
-    if args.data is None or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
+    no_files = args.data is None or isinstance(train, Images)
+    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
 
@@ -790,10 +794,11 @@ def check_items(image, train, val):
     first of the training images."""
     if not torch.is_tensor(image) or image.ndim != 3 or image.shape[2] <= 4 < len(image):
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
-    if image.is_floating_point() and 0 < image.max() < 20:
+    if image.is_floating_point() and 0 < image.abs().max() < 20:
         raise UserError("a dataset has to give pixels from 0 to 255, not from 0 to 1 or normalised ones")
-    names = [list(getattr(part, "classes", ())) for part in (train, val)]
-    if all(names) and names[0] != names[1]:
+    names = [getattr(part, "classes", None) for part in (train, val)]
+    names = [list(part) for part in names if part is not None and len(part)]
+    if len(names) == 2 and names[0] != names[1]:
         raise UserError("the classes of the training and validation images differ in names or order")
 
 
@@ -801,12 +806,15 @@ def choose_size(args, run, image):
     """Puts size and patch into args, unless they are given. Without --size, images keep their size, rounded
     down to whole patches. Those of --data may differ in size: they become squares with the shorter side of
     the first one, at most 224 pixels (64 without CUDA)."""
-    sides = args.size or image.shape[1:]
+    sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
         sides = to_pair(min(*sides, 224 if run.on_gpu else 64))
     if args.patch is None:                                            # 4 or 8 if at most 12 fit on a side
-        args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), 16)
-    args.size = args.size or tuple(max(args.patch, side - side % args.patch) for side in sides)
+        largest = 14 if args.model == "huge" else 16
+        args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), largest)
+    if args.size is None:
+        sides = [max(args.patch, side - side % args.patch) for side in sides]
+    args.size = tuple(sides)
 
 
 def choose_mean_and_std(args, train, image):
@@ -1467,12 +1475,11 @@ def parse_args(parser, script, preset, arguments=None):
         if getattr(args, "eval", False):                              # it must not replace what it evaluates
             out += "-eval"
 
-    # The values that are not given on the command line. A run may have been stopped before its first
-    # checkpoint, as by AutoMAE's prior or MRA's augmentor, which come first and resume by themselves.
+    # The values that are not given on the command line. AutoMAE and MRA first train something in a folder
+    # inside OUT, which resumes by itself. If there is no more, OUT has nothing to resume from.
     folder = pathlib.Path(out)
-    if args.resume and not folder.exists():
-        raise UserError(f"there is no run in {out}")
-    resumes = args.resume and (folder / "last.pt").exists()
+    first = (folder / "prior").exists() or (folder / "augmentor").exists()
+    resumes = args.resume and ((folder / "last.pt").exists() or not first)
     if resumes:
         values = read_checkpoint(f"{out}/last.pt")["args"]
     else:
@@ -1482,7 +1489,7 @@ def parse_args(parser, script, preset, arguments=None):
         # reached 0.17 instead of 0.26).
         if args.batch and "updates" in values:
             values["lr"] *= min(1, values["batch"] / args.batch)
-        if args.resume and (folder / "args.json").exists():
+        if args.resume and (folder / "args.json").exists():           # it had begun, but not saved anything
             values |= json.loads((folder / "args.json").read_text())
     parser.set_defaults(**values)
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
@@ -1492,8 +1499,9 @@ def parse_args(parser, script, preset, arguments=None):
     args.out = out
     args.size = args.size and to_pair(args.size)
 
-    # A finished evaluation has trained nothing and may be replaced.
-    if named_by_task and (folder / "log.jsonl").exists() and not any(folder.glob("*.pt")):
+    # A finished evaluation that has trained nothing may be replaced.
+    log = folder / "log.jsonl"
+    if named_by_task and log.exists() and '"task"' in log.read_text() and not any(folder.glob("*.pt")):
         args.overwrite = True
     for name, value in values.items():
         if resumes and getattr(args, name) != value and name not in MAY_CHANGE:

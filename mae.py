@@ -345,8 +345,10 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
 
 def class_names(dataset):
     """→ the names of a dataset's classes; of a dataset without names their numbers."""
-    names = list(getattr(dataset, "classes", ()))
-    return [str(name) for name in names or range(int(labels_of(dataset).max()) + 1)]
+    names = getattr(dataset, "classes", None)
+    if names is None or not len(names):
+        names = range(int(labels_of(dataset).max()) + 1)
+    return [str(name) for name in names]
 
 
 def in_parts(ids, size=100):
@@ -502,33 +504,37 @@ def evaluate(model, dataset, ids, run):
     is_segmenter = isinstance(model, Segmenter)
     # `.forward` skips torch.compile, which would compile anew for each batch size.
     predict = model.eval().forward
-    transform, batch_size = None, 100
+    transform, batch_size, k = None, 100, min(5, num_classes)
     if is_segmenter:
         # `predict` resizes images itself, so they are not cropped. Files differ in size and form no batch.
         predict = model.predict
         transform = v2.Identity()
         batch_size = 100 if isinstance(dataset, Images) else 1
+        k = 1
 
     # Every process takes its part of the images, so that none is counted twice.
     plan = in_parts(ids[run.rank::run.world], batch_size)
-    # confusion[i, j] counts images, or pixels, whose true class is i and whose predicted class is j.
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long, device=run.device)
-    top5 = confusion.new_zeros(())
+    counts = torch.zeros(3, num_classes, dtype=torch.long, device=run.device)
+    topk_correct = counts.new_zeros(())
     for images, labels in batches(dataset, plan, run, transform=transform):
         with run.autocast:
-            best = predict(images).topk(min(5, num_classes), dim=1).indices  # (b, 5, …), the best first
-        top5 += (best == labels[:, None]).sum()
-        cells = (num_classes * labels + best[:, 0])[labels >= 0]      # −100: unknown
-        confusion += cells.bincount(minlength=num_classes ** 2).view_as(confusion)
+            predictions = predict(images).topk(k, dim=1).indices      # (b, k, …), the best first
+        topk_correct += (predictions == labels[:, None]).sum()
+        known = labels >= 0
+        labels, predictions = labels[known], predictions[:, 0][known]
+        # How often is each class the truth, the prediction, and both?
+        hits = labels[labels == predictions]
+        for row, classes in zip(counts, (labels, predictions, hits)):
+            row.index_add_(0, classes, torch.ones_like(classes))
     if run.world > 1:
-        dist.all_reduce(confusion)
-        dist.all_reduce(top5)
-    correct = confusion.diagonal()
-    accuracy = correct.sum() / confusion.sum()
+        dist.all_reduce(counts)
+        dist.all_reduce(topk_correct)
+    truth, predicted, correct = counts
+    accuracy = correct.sum() / truth.sum()
     if not is_segmenter:
-        top5 = top5 / confusion.sum()
+        top5 = topk_correct / truth.sum()
         return dict(top1=accuracy.item(), top5=top5.item())
-    union = confusion.sum(dim=0) + confusion.sum(dim=1) - correct
+    union = truth + predicted - correct
     iou = correct / union.clamp(min=1)
     mean = iou[union > 0].mean()
     return dict(mean_iou=mean.item(), pixel_accuracy=accuracy.item(), class_iou=iou.tolist())
@@ -628,7 +634,7 @@ def classify(args, train=None, val=None):
         options = {}                                                  # the model stays as it is
     # The ViT is pre-trained, a classifier already (--eval), or new.
     model, train, val = prepare(args, run, train, val, **options)
-    ids = labelled_ids(train, args.limit, args.seed, args.labels)
+    ids = labelled_ids(train, args.limit, args.seed, None if args.eval else args.labels)
     val_ids = labelled_ids(val, args.limit)
     args.classes = class_names(train)
     if args.task == "knn":
@@ -718,8 +724,8 @@ def open_maps(args):
                             f"annotations/, each with training/ and validation/")
         parts.append([(path, f"{args.data}/annotations/{part}/{path.stem}.png") for path in images])
     # The highest number in a training map says how many classes there are.
-    histograms = [Image.open(path).histogram()[:255] for _, path in parts[0]]
-    classes = range(1, max(np.nonzero(histograms)[1], default=0) + 1)
+    counts = sum(np.array(Image.open(path).histogram()[:255]) for _, path in parts[0])
+    classes = range(1, max([0, *counts.nonzero()[0]]) + 1)
     return [Maps(pairs, classes, 1) for pairs in parts]
 
 
@@ -789,6 +795,8 @@ def segment(args, train=None, val=None):
     # `feature_map` needs neither the head nor the pooling of a classifier.
     encoder, train, val = prepare(
         args, run, train, val, num_classes=0, global_pool="token", drop_path_rate=args.drop_path)
+    if val is None:
+        raise UserError("--task segment needs validation images with maps")
     args.classes = [str(name) for name in train.classes]
     if len(args.classes) < 2:
         raise UserError("the maps have fewer than two classes; in ADE20K's layout 0 means unknown")

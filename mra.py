@@ -282,7 +282,7 @@ def pretrain(args, train=None, val=None):
 
 @torch.no_grad()
 def draw(mra, dataset, run):
-    """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategies. Where the
+    """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategy. Where the
     data know their objects, says and logs which part of them stays visible."""
     args = run.args
     images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))

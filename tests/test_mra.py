@@ -395,13 +395,6 @@ def test_attention_that_misses_the_objects_is_said(attends_to, augmentor, monkey
         assert random < low < mean_map
 
 
-def test_the_image_is_drawn_with_the_ratio_of_its_last_row(augmentor, tmp_path):
-    changes = dict(out=str(tmp_path), overwrite=True, mask_ratio=0.8)
-    args = argparse.Namespace(**(torch.load(augmentor)["args"] | changes))
-    mra.draw(mra.MRA.load(augmentor), common.Scenes(250, 16), common.Run(args))
-    assert (tmp_path / "augmentation.png").exists()
-
-
 def test_every_task_ends_with_its_result_and_the_baselines(runs):
     for task in TASKS:
         end, plain = log_of(runs / task)[-1], log_of(runs / task / "baseline")[-1]
