@@ -278,7 +278,7 @@ def pretrain(args, train=None, val=None):
     run.start(len(ids), **parts)
     loader = batches(train, training_plan(ids, run), run, train=True)
     for step in run.steps():
-        # Up in a straight line for --warmup epochs, then down half a cosine to zero.
+        # Linear warm-up for --warmup epochs, then cosine decay to zero.
         peak = args.lr * args.batch / 256
         lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
         for adam in optimizers:

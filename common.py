@@ -78,9 +78,9 @@ def patch_grid(img_size, patch_size):
 
 def patchify(images, patch_size):
     """images (B, C, H, W) → patches (B, N, P·P·C), row by row; within a patch the order is row, column,
-    channel. Any number of channels, square or not; PyTorch's RuntimeError if the patches do not fit."""
-    # Each side is split in two, the number of a patch and the place within it. What belongs to one patch then
-    # moves to the end, and the rest is flattened.
+    channel. Any number of channels, square or not. RuntimeError, by PyTorch, if the patches do not fit."""
+    # Split each side in two: which patch, and where within it. Then move the axes within a patch to the end,
+    # and flatten them to P·P·C, the others to N.
     x = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, h, P, w, P)
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
@@ -426,8 +426,8 @@ def stored_grid(table, patch_size, saved, given):
     for size in (saved, math.isqrt(places) * patch_size, given):
         if size and math.prod(to_pair(size)) == places * patch_size ** 2:
             return patch_grid(size, patch_size)
-    raise UserError(f"{places} positions beside the class token's, and not for a square image: give "
-                    f"img_size=(height, width), if the file has no other tokens")
+    raise UserError(f"{places} positions (without the class token's) fit no square image: give "
+                    f"img_size=(height, width), unless the file has other special tokens")
 
 
 def resize_positions(table, source, grid):
@@ -451,7 +451,7 @@ def fill(module, state, path, optional=()):
     if not all(name.startswith(optional) for name in missing):
         raise UserError(f"{path} does not fit this model: missing or of another shape are {missing[:4]}")
     unused = sorted(state.keys() - fitting)
-    notes = f"; starting anew: {missing}" if missing else ""
+    notes = f"; newly initialised: {missing}" if missing else ""
     notes += f"; not used here: {unused[:4]}" if unused else ""
     say(f"loaded {len(fitting)} tensors from {path}{notes}")
 
@@ -659,7 +659,7 @@ ENDINGS = (*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif")
 
 
 def is_image(path):
-    """→ whether this is a file, not a pipe or a device, whose ending is known to be an image's."""
+    """→ whether this is a file, not a pipe or a device, with the extension of an image."""
     return os.path.splitext(path)[1].lower() in ENDINGS and os.path.isfile(path)
 
 
@@ -832,8 +832,8 @@ def choose_mean_and_std(args, train, image):
     if max(args.std) < 1 < image.max():
         raise UserError("mean and std have to be in pixel values, 0 to 255: multiply by 255")
     if not len(args.mean) == len(args.std) == args.in_chans:
-        raise UserError(f"the images have {args.in_chans} channels; --mean, --std or --init is for "
-                        f"{len(args.mean)} and {len(args.std)}")
+        raise UserError(f"the images have {args.in_chans} channels, but mean and std have "
+                        f"{len(args.mean)} and {len(args.std)} values: see --mean, --std, --init")
 
 
 def in_memory(dataset, run):
@@ -976,7 +976,7 @@ def file_batches(dataset, plan, run, transform):
         batch_size=None,                                              # one item of the view is a batch
         num_workers=run.args.workers,
         worker_init_fn=ignore_signals,
-        pin_memory=run.on_gpu,                                        # so that a copy need not be waited for
+        pin_memory=run.on_gpu,                                        # for asynchronous copies
     )
     for images, labels, seed in loader:
         torch.manual_seed(seed)
@@ -1007,8 +1007,8 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
         source = memory_batches
     transform = transform or view_transform(args, train, augment)
 
-    # Both sources give uint8, which is a quarter of the bytes to move; it becomes float on the device. A copy
-    # that nobody waits for is safe on CUDA; on a Mac's GPU the images could be lost before it is made.
+    # Images arrive as uint8 (16-bit ones as float32), a quarter of the bytes to move, and become float on the
+    # device. Copying without waiting is safe on CUDA; on a Mac's GPU the images could be freed too early.
     for images, labels in source(dataset, plan, run, transform):
         images = images.to(run.device, non_blocking=run.on_gpu)
         labels = labels.to(run.device, non_blocking=run.on_gpu).long()
@@ -1025,7 +1025,7 @@ def to_pixels(images, args):
 
 def save_image_rows(path, rows):
     """Writes a PNG, and says where. rows: {title: uint8 images (n, C, H, W)}, all of one shape; each row
-    stands under its title. Of images with other than 1 or 3 channels the first is shown."""
+    stands under its title. With other than 1 or 3 channels, only the first channel is shown."""
     # All rows are one grid, with gaps high enough for a line of text.
     images = torch.cat([*rows.values()])
     images = images if images.shape[1] == 3 else images[:, :1]
@@ -1043,8 +1043,8 @@ def save_image_rows(path, rows):
 # ------------------------------------------------------------------------------------------------------ run
 
 def learning_rate(step, peak, warmup_steps, total_steps, floor=0.0):
-    """The schedule of MAE, and of the other papers [from memory]: a straight line up to the peak, then half a
-    cosine down to the floor. The first step has 1/warmup_steps of the peak [not in the paper]; in MAE's code
+    """The schedule of MAE, and of the other papers [from memory]: linear warm-up to the peak, then cosine
+    decay to the floor. The first step has 1/warmup_steps of the peak [not in the paper]; in MAE's code
     it has 0 and changes nothing."""
     if step < warmup_steps:
         return peak * min(1.0, (step + 1) / warmup_steps)
@@ -1139,8 +1139,8 @@ class Run:
         self.micro_batch, rest = divmod(args.batch, self.world * self.accumulate)
         if rest:
             raise UserError(
-                f"--batch {args.batch} does not divide into {self.world} × {self.accumulate} micro-batches: "
-                f"see --micro-batch")
+                f"--batch {args.batch} does not divide into {self.world} processes × {self.accumulate} "
+                f"micro-batches: change --batch or --micro-batch")
 
     print = staticmethod(say)
 
@@ -1235,8 +1235,8 @@ class Run:
             pathlib.Path(self.args.out, name).unlink(missing_ok=True)
 
     def log(self, **values):
-        """Values for the epoch's line in log.jsonl: of tensors the mean over the epoch's micro-batches,
-        without waiting for the device; numbers as they are."""
+        """Collects values for the epoch's line in log.jsonl: of tensors the mean over its micro-batches,
+        without waiting for the device; of numbers the last value."""
         for name, value in values.items():
             if torch.is_tensor(value):
                 self.sums[name] = self.sums.get(name, 0) + value.detach().float() / self.accumulate
@@ -1264,7 +1264,7 @@ class Run:
                     os.fsync(file.fileno())
                 os.replace(f"{path}.part", path)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"could not write {path}: {error}; if there was one before, it is whole")
+                raise UserError(f"could not write {path}: {error}; a previous one is intact")
 
     def should_evaluate(self, step, cost):
         """→ whether to evaluate `cost` images after this step: at the end of every epoch, or less often if an
@@ -1299,7 +1299,8 @@ class Run:
                 signal.signal(number, handler)
 
     def after_step(self):
-        """Reports, logs and saves when an epoch ends, eight seconds have passed, or a signal came."""
+        """When an epoch ends, eight seconds have passed, or a signal came: prints a line, logs a finished
+        epoch, and saves if that is due."""
         # All processes must report after the same step, or they would wait for each other forever. So they
         # exchange the signal and the seconds since the last report.
         facts = torch.tensor([self.signal, time.monotonic() - self.looked_at])
@@ -1362,7 +1363,7 @@ class Run:
         if stop:
             if self.world > 1:                                        # torchrun ends all when one has ended
                 dist.barrier()
-            self.print(f"stopped and saved at step {self.step}: the same command with --resume goes on")
+            self.print(f"stopped and saved at step {self.step}: add --resume to the same command to go on")
             raise SystemExit(128 + int(stop))                         # as the shell counts
 
 
@@ -1418,7 +1419,7 @@ def shared_options(description):
     add("--epochs", type=count, help="times every image is seen; None: by the number of steps (MAE: 800)")
     add("--batch", type=count, help="images per step, over all processes (MAE: 4096)")
     add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (MAE: 1.5e-4)")
-    add("--warmup", type=amount, help="epochs of rising rate, at most 1/5 of all; None: 1/10 (MAE: 40)")
+    add("--warmup", type=amount, help="epochs of linear warm-up, at most 1/5 of all; None: 1/10 (MAE: 40)")
     add("--limit", type=count, help="use only this many images, for a quick try")
     add("--seed", type=whole, default=0, help="decides weights, order, crops, masks and which scenes")
     add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
@@ -1447,7 +1448,7 @@ MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "wo
 
 def kind_of_data(args):
     """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has more than
-    50,000 images, the usual one of 100 pixels or more."""
+    50,000 images, with a median side of 100 pixels or more."""
     if args.data is None:
         return "scenes"
     folders = os.walk(args.data, followlinks=True)
@@ -1475,8 +1476,8 @@ def parse_args(parser, script, preset, arguments=None):
         if getattr(args, "eval", False):                              # it must not replace what it evaluates
             out += "-eval"
 
-    # The values that are not given on the command line. AutoMAE and MRA first train something in a folder
-    # inside OUT, which resumes by itself. If there is no more, OUT has nothing to resume from.
+    # The values that are not given on the command line. AutoMAE's prior and MRA's augmentor are trained
+    # first, in a folder inside OUT, and resume by themselves. Until then there is no OUT/last.pt.
     folder = pathlib.Path(out)
     first = (folder / "prior").exists() or (folder / "augmentor").exists()
     resumes = args.resume and ((folder / "last.pt").exists() or not first)
@@ -1505,5 +1506,5 @@ def parse_args(parser, script, preset, arguments=None):
         args.overwrite = True
     for name, value in values.items():
         if resumes and getattr(args, name) != value and name not in MAY_CHANGE:
-            raise UserError(f"the run in {out} has --{name.replace('_', '-')} {value}: leave it out")
+            raise UserError(f"the run in {out} has --{name.replace('_', '-')} {value}: leave that option out")
     return args

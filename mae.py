@@ -40,11 +40,11 @@ Details that matter
  9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts (table
     1e); hiding patches is augmentation enough.
 10. Every step seeds its random numbers with (seed, step). So a resumed run ends with the same weights as an
-    uninterrupted one (on a GPU nearly: its sums have no fixed order) [not in the paper]. OUT/last.pt is
+    uninterrupted one (on a GPU almost: its sums have no fixed order) [not in the paper]. OUT/last.pt is
     saved every 30 s, or less often if saving would take more than 2 % of the time. --resume continues from
-    it; later steps are lost. (Repeat --out and --task; all other options come from the checkpoint.)
-11. Fine-tuning reads the mean of the patch tokens through a new norm. The linear probe reads the class token,
-    but in the small presets the mean patch token [not in the paper].
+    it; later steps are repeated. (Repeat --out and --task; all other options come from the checkpoint.)
+11. A fine-tuned classifier uses the mean of the patch tokens, behind a new norm. The linear probe uses the
+    class token, in the small presets the mean patch token [not in the paper].
 12. --task segment reads the last four blocks through one convolution, or with --head conv three
     [not in the paper]; the paper uses UperNet.
 """
@@ -70,8 +70,8 @@ from torchvision.datasets import OxfordIIITPet, VOCSegmentation
 from torchvision.transforms import RandomErasing, v2
 
 # -------------------------------------------------------------------------------------------------- masking
-# A kind of masking gives every patch a number. The n patches with the lowest numbers stay visible, so all
-# kinds hide exactly as many patches in every image.
+# Each masking strategy gives every patch a number. The n patches with the lowest numbers stay visible, so all
+# strategies hide the same number of patches in every image.
 
 def random_noise(batch, grid, device):
     """→ (B, N): every patch is as likely to be hidden as any other (section 3). The paper's choice and best
@@ -107,7 +107,7 @@ def block_noise(batch, grid, device, rectangles=24):
     # hidden only in part: its first patches in reading order stay visible, so the count is exact
     # [not in the paper].
     number = (covered.cumsum(dim=1) > 0).sum(dim=1).flatten(1)        # (B, N)
-    order = torch.linspace(0, 0.9, rows * columns, device=device)     # less than 1: for equal numbers alone
+    order = torch.linspace(0, 0.9, rows * columns, device=device)     # below 1: only breaks ties
     return number + order
 
 
@@ -168,8 +168,8 @@ class MAE(nn.Module):
         noise = noise.expand(images.shape[0], -1)                     # (B, N)
         ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
 
-        # Hidden patches are dropped here: of every image only the n tokens in ids_keep go on, a quarter of
-        # all, after a class token. This line is where the paper's threefold speed-up comes from; no mask
+        # Hidden patches are dropped here: only the n tokens in ids_keep, a quarter of all, enter the encoder,
+        # behind a class token. This line is where the paper's threefold speed-up comes from; no mask
         # token ever reaches the encoder (detail 3).
         latent = self.encoder.encode(gather_tokens(tokens, ids_keep))  # (B, 1+n, D), class token first
 
@@ -252,8 +252,8 @@ def pretrain(args, train=None, val=None):
             run.print(f"the decoder starts anew: {error}")
     args.decoder = decoder.config
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
-    # To the device; compiled; DDP. With the other arguments of `forward`, `wrap` also measures how well a GPU
-    # is used.
+    # Moves the model to the device, compiles it if it is large, and adds DDP under torchrun. With the other
+    # arguments of `forward` it also measures how well a GPU is used.
     wrapped = run.wrap(model, args.mask_ratio)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
@@ -262,8 +262,8 @@ def pretrain(args, train=None, val=None):
     run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)
     for step in run.steps():
-        # Up in a straight line for --warmup epochs, then down half a cosine to zero (detail 6). The paper's
-        # recipe: 1.9e-7 in step 0, 2.4e-3 at the end of warm-up, practically 0 in the last step.
+        # Linear warm-up for --warmup epochs, then cosine decay to zero (detail 6). The paper's recipe: 1.9e-7
+        # in step 0, 2.4e-3 at the end of warm-up, practically 0 in the last step.
         peak = args.lr * args.batch / 256
         lr = learning_rate(step, peak, run.warmup_steps, run.total_steps)
         for group in optimizer.param_groups:
@@ -367,8 +367,8 @@ def extract_features(encoder, images, pool):
 
 
 def knn(features, labels, queries, num_classes, k=20, temperature=0.07):
-    """features (M, D), labels (M,), queries (Q, D) → scores (Q, num_classes): the k nearest by cosine vote,
-    each with weight exp(cosine / temperature) [not in the paper]."""
+    """features (M, D), labels (M,), queries (Q, D) → scores (Q, num_classes): a vote of the k nearest by
+    cosine, each with weight exp(cosine / temperature) [not in the paper]."""
     features, scores = F.normalize(features).T, []                    # (D, M)
     for part in F.normalize(queries).split(250):                      # all Q × M cosines might not fit
         similarity, nearest = (part @ features).topk(min(k, len(labels)))
@@ -378,8 +378,8 @@ def knn(features, labels, queries, num_classes, k=20, temperature=0.07):
 
 
 def linear(features, labels, queries, num_classes, ridge=10.0):
-    """As `knn`, by the linear map that is nearest to the one-hot labels in least squares: a probe in closed
-    form, which takes a second [not in the paper]."""
+    """Like `knn`, but with the linear map that fits the one-hot labels best (least squares): a linear probe
+    in closed form, which takes a second [not in the paper]."""
     mean, std = features.mean(dim=0), features.std(dim=0) + 1e-6
     x, queries = [((part - mean) / std).cpu().double() for part in (features, queries)]
     targets = F.one_hot(labels.cpu(), num_classes).double()           # (M, K)
@@ -432,7 +432,7 @@ def report(encoder, train, val, run):
 @torch.no_grad()
 def lars(optimizer, args, kwargs, trust=0.001):
     """Turns SGD with momentum into the LARS of the linear probe (appendix A.1, after 1708.03888): before a
-    step, the gradient of a weight matrix gets the length trust · |w|, so that every matrix moves by the
+    step, the gradient of a weight matrix is rescaled to length trust · |w|, so that every matrix moves by the
     same part of its own length."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -459,7 +459,7 @@ def make_classifier(args, vit, num_classes):
     if args.eval:
         if vit.num_classes != num_classes or vit.classes not in (None, args.classes):
             raise UserError(
-                f"{args.init} is no classifier of these classes (a probe's is its best.pt): train one first, "
+                f"{args.init} is no classifier of these classes (of a probe take best.pt): train one first, "
                 f"without --eval")
         return
     probe = args.task == "probe"
@@ -496,10 +496,10 @@ def plain_state(module):
 
 @torch.no_grad()
 def evaluate(model, dataset, ids, run):
-    """→ accuracies of a classifier, or of a `Segmenter` intersection over union (IoU) and accuracy of pixels,
-    over the images `ids` in all processes. The IoU of a class is the number of pixels that have it in truth
-    and prediction, divided by the number that have it in either; the mean is over classes that occur in truth
-    or prediction."""
+    """→ top-1 and top-5 accuracy of a classifier, or mean IoU (intersection over union), pixel accuracy and
+    IoU per class of a `Segmenter`, over the images `ids`. The IoU of a class is the number of pixels that
+    have it in truth and prediction, divided by the number that have it in either; the mean is over classes
+    that occur in truth or prediction."""
     num_classes = len(run.args.classes)
     is_segmenter = isinstance(model, Segmenter)
     # `.forward` skips torch.compile, which would compile anew for each batch size.
@@ -565,8 +565,8 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
     only evaluated."""
     args = run.args
     wrapped = run.wrap(model)
-    # The probe learns with LARS. Fine-tuning learns with AdamW, and early layers more slowly than late
-    # ones: what they see in any image, edges and colours, need not change much.
+    # The probe is trained with LARS, everything else with AdamW, early layers at a lower learning rate: what
+    # they respond to, edges and colours, need not change much.
     if args.task == "probe":
         optimizer = torch.optim.SGD(model.head.parameters(), momentum=0.9)
         optimizer.register_step_pre_hook(lars)
@@ -591,8 +591,8 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
 
         for i in range(run.accumulate):
             images, labels = next(loader)                             # (b, C, H, W), (b,) or (b, H, W)
-            # Random changes, by default only in ImageNet's fine-tuning: a part of an image becomes noise; two
-            # images and their labels are mixed, or a piece of one replaces the other's.
+            # By default only in ImageNet fine-tuning: a rectangle becomes noise (random erasing); two images
+            # and their labels are blended (mixup), or a piece of one replaces the other's (CutMix).
             if args.erasing:
                 erase(images, args.erasing)
             if mixes:                                                 # labels become (b, K)
@@ -687,7 +687,7 @@ class Maps:
         fits = labels.dtype == torch.uint8 and labels.shape == image.shape[1:]
         if not fits or (labels[labels < 255] >= self.first_label + len(self.classes)).any():
             raise UserError(
-                f"{map_path} is no grey 8-bit map in the size of its image, or has more than the "
+                f"{map_path} is not an 8-bit grey map of its image's size, or has more than the "
                 f"{len(self.classes)} classes of the training maps")
         # In uint8, 0 − 1 is 255: unknown.
         return image, labels.where(labels == 255, labels - self.first_label)
@@ -846,13 +846,13 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data, task, --head, and model or width of the encoder; later rows override earlier ones.
-# "imagenet" is the paper's recipe (appendix A.1), but fine-tuning that of the authors' FINETUNE.md, which has
-# another rate, layer decay, drop path and erasing. Training from scratch uses it too [not in the paper]; the
-# paper then trains longer, and in another way. The probe's BatchNorm sees 512 images, and its crops are
-# torchvision's: one that does not fit is drawn again [not in the paper]; the authors' code clips it. "scenes"
-# is for scenes and all small data and takes minutes on a CPU [not in the paper]; `updates` is the number of
-# steps, unless `epochs` is set.
+# Defaults by kind of data, task, --head, and model or width of the encoder; `preset` merges those that apply.
+# "imagenet" is the paper's recipe (appendix A.1), except that fine-tuning follows the authors' FINETUNE.md,
+# with another learning rate, layer decay, drop path and random erasing. Training from scratch uses the same
+# values [not in the paper]; the paper trains longer, and differently. The probe's BatchNorm sees 512 images.
+# Its crops are torchvision's: one that does not fit is drawn again [not in the paper]; the authors' code
+# clips it. "scenes" is for scenes and all small data and takes minutes on a CPU [not in the paper]; `updates`
+# is the number of steps, unless `epochs` is set.
 PRESETS = {
     "scenes": dict(
         model="nano",

@@ -230,7 +230,7 @@ def new_classifier(args):
 def train_step(run, model, optimizer, loader, loss_of):
     """What the augmentor's and the classifiers' training loops do in each step: --batch images from the
     loader, one update of the weights. loss_of(images (b, C, H, W), labels (b,)) → loss ()."""
-    # Up in a straight line for --warmup epochs, then down half a cosine to zero.
+    # Linear warm-up for --warmup epochs, then cosine decay to zero.
     lr = learning_rate(run.step, run.args.lr * run.args.batch / 256, run.warmup_steps, run.total_steps)
     for group in optimizer.param_groups:
         group["lr"] = lr
