@@ -3,12 +3,12 @@ Haijian Chen, Wendong Zhang, Yunbo Wang, Xiaokang Yang, 2023, https://arxiv.org/
 
 A masked autoencoder hides patches at random, as if all of them taught equally much. They do not: empty
 background is too easy to predict, and in the paper hiding patches of objects more often gives better
-features. AutoMAE learns which ones, image by image. A frozen transformer, trained before, gives hints: its
-attention is high where something is. A small generator turns them into a probability for each patch, from
-which a mask is drawn. Two forces train the generator. A discriminator compares its masks with random boxes,
-because objects are compact, and pulls it towards masks that look like a box. And the loss of reconstruction
-flows back through the drawn mask: in the paper, to keep the task from getting too hard (here it changes next
-to nothing). In the end only the encoder counts; it is a plain vision transformer.
+features. AutoMAE learns which ones, image by image. A frozen transformer, trained before, gives a hint: its
+attention is often high on objects. A small generator turns it into a probability for each patch, from which a
+mask is drawn. Two forces train the generator. A discriminator compares its masks with random boxes, because
+objects are compact, and pulls it towards masks that look like a box. And the gradient of the reconstruction
+loss flows back through the drawn mask: in the paper, this keeps the task from getting too hard (here it
+changes next to nothing). In the end only the encoder counts; it is a plain vision transformer.
 
     images ──► frozen ViT ──► attention ──► GENERATOR ──► probability ──► soft mask ──► DISCRIMINATOR: a box?
     (B,C,H,W)                 (B,heads,N)                 (B,N)           (B,N) drawn
@@ -18,7 +18,7 @@ to nothing). In the end only the encoder counts; it is a plain vision transforme
     python automae.py                                           # scenes drawn here: minutes on a CPU
     python automae.py --data fashion-mnist --out runs/fashion   # a torchvision dataset
     torchrun --nproc_per_node=8 automae.py --data /imagenet --prior runs/mae/last.pt    # the paper's recipe
-    python mae.py --task probe --init runs/automae/last.pt      # what is the encoder worth?
+    python mae.py --task probe --init runs/automae/last.pt      # evaluate the encoder
 
 Measured in the last epoch, on an AMD EPYC: seeds 0, 1 and 2 (the scenes of seed 0, given as train=; one
 thread) and seed 3 (its own scenes; two threads):
@@ -26,10 +26,10 @@ thread) and seed 3 (its own scenes; two threads):
     generator's probability, objects over background         4.5  3.2  3.4  2.6
     the same, for its mean map over a batch                  3.1  2.9  2.9  3.0
 
-The mean map only knows where objects tend to lie. So with seed 0 the look at the single image helps; with the
-others nearly all that the generator learns is where objects tend to lie. This depends on the prior: with seed
-0 one head attends 13 times as much to objects as to background, with seeds 1 and 2 no head more than 2.1
-times. (Only seed 0's 4.5, 3.1 and 13 are from after the patch embedding's order of summation changed.)
+The mean map only knows where objects tend to lie. So with seed 0 looking at the individual image helps; with
+the others the generator learns hardly more than where objects tend to lie. This depends on the prior: with
+seed 0 one head attends 13 times as much to objects as to background, with seeds 1 and 2 no head more than 2.1
+times. (Only seed 0's 4.5, 3.1 and 13 were measured after the patch embedding's order of summation changed.)
 
 The reconstruction's gradient changes next to nothing: before that change, the first ratio was 5.9, 3.2 and
 3.4 without it (seeds 0 to 2), and 6.0, 3.2 and 3.4 with it.
@@ -54,10 +54,10 @@ Details that matter
    hides practically all of them. What is left to chance is which patches are highlighted.
 7. Sorting has no gradient. Two tricks let one pass: the n highest of the soft mask become 1, but keep the
    soft mask's gradient; and every token is multiplied by a 1 that has the gradient of its score.
-8. A box has an area of 40 to 160 of 14×14 patches and is 4 to 10 wide; what would be higher than the grid is
-   cut off, so more than half of the boxes reach from top to bottom. It is only 0.5 above noise from 0 to 1; a
-   softmax over all patches follows. Limits grow with the grid [not in the paper].
-9. The prior is a masked autoencoder of the encoder's size, trained before (800 epochs) and then frozen.
+8. On a grid of 14×14, a box covers 40 to 160 patches and is 4 to 10 wide. One that would be higher than the
+   grid is cut off, so more than half of the boxes reach from top to bottom. Noise from 0 to 1, plus 0.5 in
+   the box, goes through a softmax over all patches. The limits scale with the grid [not in the paper].
+9. The prior is a masked autoencoder of the encoder's size, trained first (paper: 800 epochs), then frozen.
 """
 
 import argparse
@@ -76,9 +76,9 @@ from torch.nn.utils.parametrizations import spectral_norm
 # -------------------------------------------------------------------------------------------------- masking
 
 def make_generator(num_heads, grid):
-    """→ a module: attention of the prior (B, heads, N) → log-probability (B, N) that a patch gets highlighted
-    (section 3.2). It mixes the heads and looks at a patch's neighbours, nothing else: 709 parameters for
-    ViT-B."""
+    """→ a module: attention of the prior (B, heads, N) → log-probability (B, N) of each patch. The higher
+    it is, the more often the patch gets highlighted (section 3.2). The generator mixes the heads and looks at
+    a patch's neighbours, nothing else: 709 parameters for ViT-B."""
     return nn.Sequential(
         nn.Unflatten(2, grid),                                        # (B, heads, h, w)
         nn.Conv2d(num_heads, num_heads // 2, 3, padding=1),
@@ -100,8 +100,8 @@ def make_discriminator(grid):
     """→ a module: soft mask (B, N) → scores (B, 1 or more), near 1 for a random box, near 0 for a mask of the
     generator (section 3.2). Spectral norm divides the weights of a layer by their largest singular
     value, so that scores change gently. No biases (detail 1)."""
-    # 14×14 patches become 7×7, 3×3, and one score. Sides of 2 to 11 patches need padding in the last layer,
-    # of 2 or 3 more of it before [not in the paper].
+    # 14×14 patches become 7×7, 3×3, and one score. With a side below 12 patches the last layer needs
+    # padding, with one below 4 the second layer needs more of it [not in the paper].
     padding = int(min(grid) < 12)
     return nn.Sequential(
         nn.Unflatten(1, (1, *grid)),                                  # (B, 1, h, w)
@@ -115,8 +115,8 @@ def make_discriminator(grid):
 
 
 def random_boxes(batch, grid, device):
-    """→ (B, N), each row sums to 1: what the discriminator takes for real, a rectangle of random size and
-    place in noise (detail 8)."""
+    """→ (B, N), each row sums to 1: the discriminator's "real" examples, each a rectangle of random size and
+    place, plus noise (detail 8)."""
     h, w = grid
     narrowest = round(4 / 14 * w)
     u, v, x, y = torch.rand(4, batch, 1, device=device)
@@ -169,12 +169,12 @@ class AutoMAE(nn.Module):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
         hidden, soft mask (B, N).
 
-        hint: attention for the generator (B, heads, N); without a generator, 1 for patches to highlight
-        and 0 for others (B, N), or 0 for all.
+        hint: attention for the generator (B, heads, N); without a generator, (B, N) with 1 for patches to
+        highlight and 0 for others, or the number 0 to highlight none.
         """
         # The generator gives every patch a log-probability (section 3.2). Gumbel-softmax adds noise and
-        # normalises: a random soft mask that keeps the gradient. Its highest entry is at patch i with exactly
-        # patch i's probability. The n highest entries are highlighted (details 5 and 7).
+        # normalises: a random soft mask that keeps the gradient. A patch gets the highest entry with exactly
+        # the probability that the generator gives it. The n highest are highlighted (details 5 and 7).
         soft_mask = highlighted = hint
         if self.generator is not None:
             soft_mask = F.gumbel_softmax(self.generator(hint).float())
@@ -344,14 +344,14 @@ def where_it_hides(model, hint, mask, objects):
     foreground = F.adaptive_avg_pool2d(objects.float(), model.encoder.grid).flatten(1)   # (B, N), parts of 1
 
     def means(values):
-        # 1e-6: there may be none.
+        # 1e-6: an image may have none.
         return [(values * part).sum() / (part.sum() + 1e-6) for part in (foreground, 1 - foreground)]
 
     found = {}
     found["hidden_foreground"], found["hidden_background"] = means(mask)
     if model.generator:
-        # Objects tend to lie in the middle. The mean map of a micro-batch knows that too, with hardly a look
-        # at the single image.
+        # Objects tend to lie in the middle. The mean map of a micro-batch knows that too, almost without
+        # looking at the individual image.
         probability = model.generator(hint).exp()
         maps = dict(foreground_ratio=probability, static_ratio=probability.mean(0, keepdim=True),
                     attention_ratio=hint.mean(dim=1))
@@ -363,11 +363,11 @@ def where_it_hides(model, hint, mask, objects):
 
 @torch.no_grad()
 def draw(model, prior, dataset, run):
-    """Writes OUT/masks.png: images; where the prior looks and what the generator makes of it, as contrast;
-    what the encoder sees; what the decoder predicts (normalised patches, if norm_pixels)."""
+    """Writes OUT/masks.png: images; the same, faded where attention, then where the probability is low; what
+    the encoder sees; what the decoder predicts (normalised patches, if norm_pixels)."""
     encoder, args = model.encoder, run.args
     images, labels = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
-    # .forward: not compiled once more for this batch size.
+    # `.forward` skips torch.compile, which would compile anew for this batch size.
     hint = find_hint(args, prior and prior.forward, images, labels, model)
     _, prediction, mask, _ = model.forward(images, hint)
 
@@ -419,7 +419,7 @@ def options():
         help="fraction of patches to hide (paper: 0.75)")
     add("--mask-factor", type=float, default=0.5, help="bonus of highlighted patches (paper: 0.5)")
     add("--adversarial-weight", type=float, default=0.2, help="weight of the box loss (paper: 0.2)")
-    add("--prior", help="checkpoint whose attention guides the masks, in patches of its size; None: trained "
+    add("--prior", help="checkpoint whose attention guides the masks; it sets the patch size; None: trained "
         "first (paper: MAE, 800 epochs)")
     add("--norm-pixels", action=argparse.BooleanOptionalAction,
         help="predict normalised patches (paper: yes)")

@@ -2,14 +2,14 @@
 Kai Chen, Zhili Liu, Lanqing Hong, Hang Xu, Zhenguo Li, Dit-Yan Yeung, 2023, https://arxiv.org/abs/2303.17152
 
 Mixing images helps supervised learning, so why not masked autoencoders? In MAE a hidden patch is simply gone.
-If a patch of another image takes its place, the encoder sees more than before, reconstruction gets easier,
-and the features get worse, says the paper: that is naive mixing. Its cure is a second task, homologous
-recognition: find out which patches of the mixture come from the same image. Each image of a group gets a
+Naive mixing puts a patch of another image there: the encoder sees more than before, reconstruction gets
+easier, and the features get worse, says the paper. Its cure is a second task, homologous recognition: find
+out which patches of the mixture come from the same image. Each image of a group (those mixed together) gets a
 learned vector, its segment, that is added to all its tokens. In every attention layer a query sees only the
-keys most similar to it, so it had better choose keys of its own image, and a contrastive loss teaches it to.
-Then each image gets its tokens back, and MAE's decoder predicts its hidden patches. Four images fit into one
-sequence, so the encoder processes as many tokens as in MAE, in fewer and longer sequences. After pre-training
-it is a plain vision transformer.
+keys most similar to it. They should come from its own image, and a contrastive loss teaches this. Then each
+image gets its tokens back, and MAE's decoder predicts its hidden patches. Four images fit into one sequence,
+so the encoder processes as many tokens as in MAE, in fewer and longer sequences. After pre-training it is a
+plain vision transformer.
 
     4 images ──► a quarter of the ──► mixture ──► ENCODER ──┬──► un-mix ──► DECODER ──► loss on the hidden
     (B,C,H,W)    places each (B,n,D)  (B/4,N,D)  top K keys │    (B,1+n,D)  (B,N,P·P·C)   75 % of each image
@@ -19,13 +19,13 @@ it is a plain vision transformer.
     python mixedae.py --data fashion-mnist --size 32 --out runs/fashion    # torchvision's, in 64 patches
     python mixedae.py --no-segments --no-homologous-attention --contrastive-weight 0 --out runs/naive
     torchrun --nproc_per_node=8 mixedae.py --data /imagenet     # MAE's recipe for ViT-B, as in the paper
-    python mae.py --task probe --init runs/mixedae/last.pt      # what is the encoder worth? it is a plain ViT
+    python mae.py --task probe --init runs/mixedae/last.pt      # evaluate the encoder, a plain ViT
 
 Measured on scenes, one thread of an AMD EPYC, 7.5 minutes with other jobs running. Default run, seed 0: 0.26,
 0.49, 0.51 and 0.52 of the chosen keys come from the same image, block by block (chance: 0.24). Accuracy of a
-linear classifier (mae.linear) on the frozen mean patch token, a number for each seed from 0 on, from before
-the patch embedding's order of summation changed (at 2,500 steps all on the scenes of seed 0, given as
-train=):
+linear classifier (mae.linear) on the frozen mean patch token, one number per seed from 0 on, measured before
+the patch embedding's order of summation changed. All runs of 2,500 steps used the scenes of seed 0, given as
+train=:
 
                                 5,000 steps              2,500 steps (--epochs 2)
     MAE                         0.629 0.533 0.586        0.437 0.399 0.418
@@ -34,14 +34,14 @@ train=):
     MixedAE                     0.577 0.567              0.504 0.422 0.526
     without projection head                              0.380 0.325 0.349
 
-So on scenes naive mixing does no harm, early on it even helps, and nothing beats it clearly. Segments make
-recognition easy: the contrastive loss reaches its minimum, 2.72, with a cosine of 1 between tokens of one
-image and −1/3 between others.
+So on scenes naive mixing does no clear harm, early on it even helps, and nothing clearly beats it. Segments
+make recognition easy: the contrastive loss reaches its minimum, 2.72, with a cosine of 1 between tokens of
+one image and −1/3 between others.
 
 Details that matter
-1. One random order of the places is cut into as many parts as a group has images: each place has one owner.
-2. Tokens are mixed, not pixels, after positions are added [not in the paper]. For whole patches it is the
-   same, and a token keeps the position that it has in its image.
+1. The places (positions of patches) are shuffled and cut into one part per image: each place has one owner.
+2. Tokens are mixed, not pixels, after positions are added [not in the paper]. For whole patches the result is
+   the same, and a token keeps the position that it has in its image.
 3. K, the number of keys that a query sees, is n, the visible patches of one image [from memory]. Each head
    of every block chooses for itself [from memory]. Ties with the K-th key are included [not in the paper].
    The choice has no gradient, so it is learned only indirectly.
@@ -116,10 +116,10 @@ class HomologousAttention(Attention):
         self.visible = visible
 
     def choose(self, q, k):
-        """Queries and keys (B, H, 1+N, D/H) → bool (B, H, 1+N, 1+N), true where a query sees a key."""
-        # Each query sees the keys of its K highest scores among patches, with ties (detail 3). Dividing by √d
-        # would change nothing.
-        scores = (q @ k.mT)[..., 1:, 1:]                              # (B, H, N, N)
+        """Queries, keys (B, heads, 1+N, D/heads) → bool (B, heads, 1+N, 1+N): does a query see a key?"""
+        # Each query sees the K patches whose keys score highest, and ties (detail 3). Scaling the scores, as
+        # attention does, would not change the choice.
+        scores = (q @ k.mT)[..., 1:, 1:]                              # (B, heads, N, N)
         seen = scores >= scores.topk(self.top_k, sorted=False).values.amin(-1, True)
 
         # How good is the choice? The network never sees this number.
@@ -137,9 +137,9 @@ class HomologousAttention(Attention):
 
 
 def contrastive_loss(tokens, visible, temperature=0.25):
-    """The homologous contrastive loss, tokens (G, N, D), every `visible` in turn of one image → (). For each
-    token i it is the cross-entropy of finding the others j of its image among all others l by cosine
-    similarity (detail 8):
+    """The homologous contrastive loss, tokens (G, N, D), each run of `visible` tokens from one image → ().
+    For each token i it is the cross-entropy of choosing the other tokens j of its image among all others l
+    by cosine similarity (detail 8):
 
         − mean_i mean_j log( exp(cos_ij / τ) / Σ_{l≠i} exp(cos_il / τ) )
     """
@@ -382,7 +382,7 @@ def options():
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("mixedae").add_argument
     add("--mixing", choices=("compose", "full"), default="compose",
-        help="an image owns one part of the places, or every part once, for 1 / ratio times the work")
+        help="an image shows one part of its patches, or all parts in turn, for 1 / ratio times the work")
     add("--mix-ratio", type=float, choices=(0.5, 0.25, 0.125), default=0.25,
         help="fraction of places an image owns; 1 / ratio images are mixed (paper: 0.25 [from memory])")
     add("--segments", action=switch, default=True, help="add a vector to all tokens of an image (paper: yes)")

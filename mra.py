@@ -4,10 +4,10 @@ Haohang Xu, Shuangrui Ding, Xiaopeng Zhang, Hongkai Xiong, Qi Tian, 2022, https:
 Augmentations made by hand are mild: a flip, a crop. Here a small masked autoencoder, trained once without
 labels, makes stronger ones. It hides a part of a training image and predicts the hidden pixels from the
 rest; the classifier is trained on the result. What to hide is decided by the autoencoder's attention: the
-patches that its class token attends to least. So the object should stay, and with it the label. What takes
-the place of hidden patches is no new background. The decoder is deterministic and was trained on squared
-error, so it paints the mean of all that could be there: a blurred version of the same background. The
-classifier then cannot rely on details of the background.
+patches that its class token attends to least. So the object should stay, and with it the label. The painted
+background is not a new one. The decoder is deterministic and was trained on squared error, so it paints the
+mean of all that could be there: a blurred version of the same background. The classifier then cannot rely on
+details of the background.
 
     images ──┬──► ENCODER, all patches ──► attention ──► hide the least ──┐       visible: as they were
     (B,C,H,W)│    frozen, 4 blocks         (B,N)         attended 40 %    │                  │
@@ -29,8 +29,8 @@ images with 40 % of the patches painted.
     probability of the true class          0.901    0.865    0.622    0.245
     part of the objects left visible       1        0.89     0.59     0.20
 
-So the class survives if the patches that are attended to most stay. But one map for all images would leave
-0.93 of the objects visible (detail 7).
+So the class survives if the patches that are attended to most stay. But the mean attention, one map for all
+images, would leave even more of the objects visible: 0.93 (detail 7).
 
 Training on painted images did not help on whole images. CIFAR-10, 25 labels per class, a classifier that
 over-fits, seeds 3, 4 and 5: 0.399 0.402 0.392 without MRA, 0.388 0.394 0.379 with --augment mra --apply 0.5.
@@ -54,9 +54,9 @@ Details that matter
     augmentor --epochs 20 trains longer, and --augmentor PATH takes the result.
  7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
     to the background, or to the same places in every image (as on CIFAR-10), and in a small augmentor their
-    mean can prefer anything. "low" then hides the object. After its training the augmentor is measured, where
-    objects are known.
- 8. FixMatch's strong view is another crop of the image than the weak view.
+    mean may prefer the background: then "low" hides the object. If the data have maps of their objects, the
+    augmentor's training ends by printing how much of the objects stays visible.
+ 8. In FixMatch (--task semi) the strong view of an image is not the same crop as the weak view.
  9. FixMatch's loss is a mean over all unlabelled images. Those of which the classifier is unsure count as 0.
 10. FixMatch evaluates the moving average of the weights, batch norm's statistics included.
 """
@@ -184,8 +184,8 @@ class MRA(nn.Module):
         return F.interpolate(values.unflatten(1, (1, *encoder.grid)), encoder.img_size)
 
     def paint(self, images, noise, mask_ratio):
-        """images (B, C, H, W), noise (B, N), the highest of which are hidden → what the decoder makes of the
-        images, (B, C, H, W), and where it could not see them, bool (B, 1, H, W)."""
+        """images (B, C, H, W), noise (B, N) → the decoder's prediction as images (B, C, H, W), and
+        bool (B, 1, H, W), true in the hidden patches: those with the highest noise."""
         _, prediction, mask = self.autoencoder(self.renormalise(images), noise, mask_ratio)
         painted = unpatchify(prediction, self.autoencoder.encoder.patch_size, images.shape[2:])
         mean, std, trained_mean, trained_std = self.normalisation
@@ -330,7 +330,7 @@ def make_augmentor(args, run, train, val):
     """→ the MRA of --augmentor, or of one that is trained on these data, in OUT/augmentor."""
     if args.augmentor is None:
         run.print(f"the augmentor comes first, in {args.out}/augmentor")
-        run.clear("args.json")                                        # an older run in OUT ends here
+        run.clear("args.json")                                        # removes an older run from OUT
         run_in_folder(pretrain, args, "augmentor", train, val, **args.recipe)
         args.augmentor = f"{args.out}/augmentor/last.pt"
     return run.wrap(MRA.load(
@@ -380,9 +380,9 @@ def by_size(accuracy, counts):
 
 
 def augment(args, mra, images, labels=None):
-    """images (b, C, H, W), labels (b,) → both after what --augment names, all but RandAugment, which has to
-    come before images are normalised. Mixed labels are (b, K); without labels nothing is mixed. Cutout is a
-    square of half a side, mixup's alpha is 0.2 [not in the paper]."""
+    """images (b, C, H, W), labels (b,) → both, augmented as --augment says, but without RandAugment, which
+    has to come before images are normalised. Mixed labels are (b, K); without labels nothing is mixed. Cutout
+    is a square of half a side, mixup's alpha is 0.2 [not in the paper]."""
     mixes = []
     if "mra" in args.augment:
         images = mra(images)                                          # detail 5
@@ -639,10 +639,9 @@ TASKS = {
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data and task; `preset` says which rows count. For "imagenet" the classifier is the
-# paper's and its training [from memory]. All else is [not in the paper], also the augmentor's recipe, MAE's
-# for 200 epochs. `updates` is a number of steps, `ema` the part of FixMatch's averaged weights that a step
-# keeps.
+# Defaults by kind of data and task; `preset` says which rows count. "imagenet" has the paper's classifier and
+# its training [from memory]. All else is [not in the paper], including the augmentor's recipe: MAE's, for 200
+# epochs. `updates` is a number of steps, `ema` the factor of the old weights in FixMatch's moving average.
 PRESETS = {
     "scenes": dict(
         model="nano", crop=0.5,
@@ -666,8 +665,7 @@ PRESETS = {
 def preset(args, kind):
     """→ the defaults for a kind of data and the task in args. `recipe` holds those of the augmentor that has
     to be trained first: options for the classifier's training do not count for it."""
-    # Small data have the rows of scenes, but not the one that begins with a task. Later rows override earlier
-    # ones.
+    # Small data use the rows of scenes, except "supervised scenes". Later rows override earlier ones.
     base = kind.replace("small", "scenes")
     values = {}
     for row in (base, kind, f"{base} {args.task}", f"{args.task} {kind}"):
@@ -696,14 +694,14 @@ def options():
     add("--labels", type=count, help="labelled images of each class")
     add("--imbalance", type=count, default=1,
         help="long tail: images of the first class over those of the last")
-    add("--held-out", type=count, help="fewshot: classes that are not trained on; left out: half, or five")
+    add("--held-out", type=count, help="fewshot: classes not trained on; left out: half, at least five")
     add("--compare", nargs="+", default=[], help="occlusion: last.pt of the classifiers")
     return parser
 
 
 def main(arguments=None, train=None, val=None):
     """arguments: a list of options; None: those of the command line. train, val: as for `pretrain`."""
-    # Own datasets have the defaults of small ones.
+    # Datasets of your own get the defaults of small data.
     args = parse_args(
         options(),
         "mra",
