@@ -190,8 +190,8 @@ class Block(nn.Module):
 
 
 def init_weights(module):
-    """MAE's initialisation: Xavier-uniform for linear layers, the patch projection seen as one; biases are
-    zero, in MAE's code not the projection's [not in the paper]."""
+    """MAE's initialisation: Xavier-uniform for linear layers and for the patch projection, which is one,
+    too. Biases are zero. MAE's code leaves the projection's bias as PyTorch makes it [not in the paper]."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         nn.init.zeros_(module.bias)
@@ -760,16 +760,16 @@ def open_data(args):
     return train, ImageFolder(val_folder, train.classes) if os.path.isdir(val_folder) else None
 
 
-def prepare_data(args, run, train=None, val=None, open_data=open_data):
-    """→ the training and validation dataset (or None) of --data, or those given. open_data(args) opens
-    them. Puts into args what only the data tell: in_chans, size and patch if they are open, mean and std.
-    Raises UserError if images and options do not fit."""
+def prepare_data(args, run, train=None, val=None, opener=open_data):
+    """→ the training and validation dataset (or None) of --data, or those given. opener(args) opens them.
+    Puts into args what only the data tell: in_chans, size and patch if they are open, mean and std. Raises
+    UserError if images and options do not fit."""
     if train is None:
         # One process of a machine opens the data before the others, because it may have to download them.
         run.print(f"opening {args.data or 'scenes, drawn by this project'}")
         if run.local_rank:
             dist.barrier()
-        train, val = open_data(args)
+        train, val = opener(args)
         if run.world > 1 and not run.local_rank:
             dist.barrier()
 
@@ -866,11 +866,11 @@ def training_plan(ids, run, times=1):
     micro-batches see together what one would see. An epoch is a new order of all ids; those at its end that
     do not fill a batch are left out. times: a multiple of --batch, as FixMatch needs.
     """
-    size = run.micro_batch * times
+    size, order = run.micro_batch * times, None
     for step in range(run.step, run.total_steps):
         # All processes draw the same order, and each takes what is its own.
         epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
-        if step_in_epoch == 0 or step == run.step:
+        if order is None or step_in_epoch == 0:
             generator = torch.Generator().manual_seed(seed_for(run.args.seed, epoch))
             order = ids[torch.randperm(len(ids), generator=generator)]
         for i in range(run.accumulate):
@@ -1086,8 +1086,7 @@ class Run:
 
     def __init__(self, args):
         self.args = args
-        # Nothing is lost to a forgotten --out: refuse at once.
-        options = vars(args)                                          # not every script has all of them
+        # A forgotten --out must not replace an older run: refuse at once.
         there = any(os.path.exists(f"{args.out}/{name}") for name in ("args.json", "last.pt", "best.pt"))
         self.may_replace = args.resume or args.overwrite
         self.resumes = args.resume and os.path.exists(f"{args.out}/last.pt")
@@ -1096,6 +1095,7 @@ class Run:
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
                 f"--overwrite replaces it")
         # Nor may --overwrite remove a file that this run reads.
+        options = vars(args)                                          # not every script has all of them
         needed = [args.init, options.get("prior"), options.get("augmentor"), *options.get("compare", ())]
         replaced = [os.path.realpath(folder) for folder in (args.out, f"{args.out}/baseline")]
         for path in filter(None, needed):
@@ -1191,7 +1191,7 @@ class Run:
         if self.resumes:
             saved = read_checkpoint(f"{args.out}/last.pt")
             try:
-                # AutoMAE's prior and MRA's augmentor resume by themselves, whatever the command line says.
+                # `parse_args` compares more, but AutoMAE's prior and MRA's augmentor resume by themselves.
                 names = ("data", "seed", "batch", "lr", "limit", "crop")
                 if any(saved["args"][name] != getattr(args, name) for name in names):
                     raise ValueError
@@ -1287,8 +1287,8 @@ class Run:
         # A signal that is ignored, as under nohup, stays ignored.
         handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS
                     if signal.getsignal(number) != signal.SIG_IGN}
-        self.looked_at = time.monotonic()
-        self.began, self.save_at = self.looked_at - self.seconds, self.looked_at + 30
+        self.printed_at = time.monotonic()
+        self.began, self.save_at = self.printed_at - self.seconds, self.printed_at + 30
         try:
             while self.step < self.total_steps:
                 yield self.step
@@ -1303,7 +1303,7 @@ class Run:
         epoch, and saves if that is due."""
         # All processes must report after the same step, or they would wait for each other forever. So they
         # exchange the signal and the seconds since the last report.
-        facts = torch.tensor([self.signal, time.monotonic() - self.looked_at])
+        facts = torch.tensor([self.signal, time.monotonic() - self.printed_at])
         if self.world > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX)
         stop, waited = facts.tolist()
@@ -1319,6 +1319,7 @@ class Run:
             mean = value / (done * self.world)
             if self.world > 1:
                 dist.all_reduce(mean)
+                self.sums[name] = mean * done                         # a checkpoint is for all processes
             means[name] = mean.tolist()
         if not math.isfinite(means["loss"]):
             raise UserError(
@@ -1344,7 +1345,7 @@ class Run:
         text = "  ".join(f"{name} {value:.5g}" for name, value in line.items() if not isinstance(value, list))
         if waited > 2 or stop or last:                              # not after every one of many short epochs
             self.print(f"{text}  left {left}")
-            self.looked_at = now
+            self.printed_at = now
         if ends_epoch:
             self.write_log(**line)
             self.sums, self.numbers = {}, {}
@@ -1369,12 +1370,11 @@ class Run:
 
 def entry(main):
     """Runs a script's main. What a user can fix ends with one line on stderr instead of a traceback."""
-    code, message = 2, None
+    code, message = 0, None
     try:
         main()
-        code = 0
     except (UserError, OSError, torch.OutOfMemoryError) as error:
-        message = str(error).strip().split("\n")[-1]                  # of a worker's error the last line
+        code, message = 2, str(error).strip().split("\n")[-1]         # of a worker's error the last line
         if isinstance(error, torch.OutOfMemoryError):
             message += " Try a smaller --micro-batch, then --checkpoint-blocks."
     except KeyboardInterrupt:
@@ -1500,7 +1500,7 @@ def parse_args(parser, script, preset, arguments=None):
     args.out = out
     args.size = args.size and to_pair(args.size)
 
-    # A finished evaluation that has trained nothing may be replaced.
+    # A finished evaluation that has trained nothing may be replaced: "task" is in the line of its result.
     log = folder / "log.jsonl"
     if named_by_task and log.exists() and '"task"' in log.read_text() and not any(folder.glob("*.pt")):
         args.overwrite = True

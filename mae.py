@@ -28,7 +28,7 @@ Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
  2. Patches are chosen by ranking random numbers, so every image keeps exactly n = int(N · 0.25) of them: a
     dense batch, without padding.
- 3. The encoder never sees a mask token. With them it is three times as slow, and worse: 84.2 instead of
+ 3. The encoder never sees mask tokens. With them it is three times as slow, and worse: 84.2 instead of
     84.9 % accuracy, fine-tuned (table 1c).
  4. The loss is the mean over hidden patches only. Visible ones are easy to copy and teach nothing.
  5. The target is each patch normalised by its own mean and variance (table 1d); as in MAE's code the variance
@@ -106,9 +106,9 @@ def block_noise(batch, grid, device, rectangles=24):
     # Earlier rectangles get higher numbers, so they are hidden first. The one that would hide too much is
     # hidden only in part: its first patches in reading order stay visible, so the count is exact
     # [not in the paper].
-    number = (covered.cumsum(dim=1) > 0).sum(dim=1).flatten(1)        # (B, N)
+    priority = (covered.cumsum(dim=1) > 0).sum(dim=1).flatten(1)      # (B, N)
     order = torch.linspace(0, 0.9, rows * columns, device=device)     # below 1: only breaks ties
-    return number + order
+    return priority + order
 
 
 MASKINGS = {"random": random_noise, "grid": grid_noise, "block": block_noise}
@@ -149,7 +149,7 @@ class MAE(nn.Module):
 
         noise (B, N): hide the patches where it is highest, instead of random ones. mask bool (B, N): hide
         exactly these; every image needs the same number of them. (1, N) is for all images. Raises UserError
-        if numbers differ, or if nothing or all would be hidden.
+        if the numbers of hidden patches differ, or if nothing or all would be hidden.
         """
         # Every patch becomes a token: a linear projection of its pixels plus a fixed code for its position
         # (detail 1).
@@ -215,8 +215,8 @@ class MAE(nn.Module):
 
 def prepare(args, run, train=None, val=None, **options):
     """→ the encoder of --init, or a new one, and the training and validation dataset. options: arguments of
-    ViT. Writes size, patch, mean and std into args. Raises UserError if encoder and images do not fit."""
-    encoder = None
+    ViT. Writes size, patch, in_chans, mean, std and vit into args. Raises UserError if encoder and images
+    do not fit."""
     if args.init is not None:
         # The patch size is always the encoder's. So are size, mean and std of images, unless an option sets
         # them.
@@ -226,7 +226,7 @@ def prepare(args, run, train=None, val=None, **options):
         args.std = args.std or encoder.std
     train, val = prepare_data(args, run, train, val, open_maps if args.task == "segment" else open_data)
     torch.manual_seed(args.seed)
-    if encoder is None:
+    if args.init is None:
         vit_args = VITS[args.model] | dict(patch_size=args.patch)
         encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args, **options)
     if encoder.in_chans != args.in_chans:
@@ -326,15 +326,15 @@ def draw(model, dataset, run):
 # ==========================================================================================================
 
 def labelled_ids(dataset, limit=None, seed=0, per_class=None):
-    """→ indices (m,) of at most `limit` labelled images in random order; with per_class, of that many per
-    class, class by class. Raises UserError if there are fewer, or fewer than two classes."""
+    """→ indices (m,) of at most `limit` labelled images in random order; with per_class, of exactly that
+    many of each class, class by class. Raises UserError if a class has fewer, or if there is only one."""
     labels = labels_of(dataset or []).cpu()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order] >= 0][:limit]
     classes = labels[order].unique()
     if len(classes) < 2:
-        raise UserError("this needs labelled images to train and to validate: train/CLASS and val/CLASS, "
+        raise UserError("this needs labelled images of two or more classes, in train/CLASS and val/CLASS, "
                         "without images beside these folders")
     if per_class:
         order = torch.cat([order[labels[order] == k][:per_class] for k in classes])
@@ -384,8 +384,8 @@ def linear(features, labels, queries, num_classes, ridge=10.0):
     x, queries = [((part - mean) / std).cpu().double() for part in (features, queries)]
     targets = F.one_hot(labels.cpu(), num_classes).double()           # (M, K)
 
-    # Ridge regression: the penalty keeps weights small where the data say little about them. The bias is one
-    # of the weights; as features have mean 0, it does not depend on the others.
+    # Ridge regression: the penalty keeps weights small where the data say little about them. The bias has
+    # the same penalty; as features have mean 0, it does not depend on the weights.
     bias = targets.sum(dim=0) / (len(x) + ridge)
     penalty = ridge * torch.eye(x.shape[1])
     weights = torch.linalg.solve(x.T @ x + penalty, x.T @ targets)    # (D, K)
@@ -430,7 +430,7 @@ def report(encoder, train, val, run):
 
 
 @torch.no_grad()
-def lars(optimizer, args, kwargs, trust=0.001):
+def lars(optimizer, _args, _kwargs, trust=0.001):
     """Turns SGD with momentum into the LARS of the linear probe (appendix A.1, after 1708.03888): before a
     step, the gradient of a weight matrix is rescaled to length trust · |w|, so that every matrix moves by the
     same part of its own length."""
@@ -524,8 +524,7 @@ def evaluate(model, dataset, ids, run):
         labels, predictions = labels[known], predictions[:, 0][known]
         # How often is each class the truth, the prediction, and both?
         hits = labels[labels == predictions]
-        for row, classes in zip(counts, (labels, predictions, hits)):
-            row.index_add_(0, classes, torch.ones_like(classes))
+        counts += torch.stack([x.bincount(minlength=num_classes) for x in (labels, predictions, hits)])
     if run.world > 1:
         dist.all_reduce(counts)
         dist.all_reduce(topk_correct)
@@ -564,7 +563,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
     fine-tuning and segmentation. parts: the modules that checkpoints hold. With --eval nothing is trained,
     only evaluated."""
     args = run.args
-    wrapped = run.wrap(model)
+    wrapped = model.to(run.device) if args.eval else run.wrap(model)
     # The probe is trained with LARS, everything else with AdamW, early layers at a lower learning rate: what
     # they respond to, edges and colours, need not change much.
     if args.task == "probe":
@@ -601,7 +600,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
             with run.autocast:
                 losses = F.cross_entropy(
                     wrapped(images), labels, reduction="none", label_smoothing=args.label_smoothing)
-            # The mean over what has a label in this micro-batch. A map may have no label.
+            # The loss is 0 where there is no label: divide by the fraction that has one. A map may have none.
             known = (labels != -100).float().mean()
             loss = losses.mean() / known.clamp(min=1e-9)
             run.scaler.scale(loss / run.accumulate).backward()
@@ -699,11 +698,8 @@ def open_maps(args):
     UserError if there are no images."""
     if args.data is None:
         # In a scene the shape is an object of its class, and the rest is background, class 0.
-        maps = []
-        for scenes in open_data(args):
-            labels = (scenes.targets[:, None, None] + 1) * scenes.masks
-            maps.append(Images(scenes.images, labels.byte(), ["background", *scenes.classes]))
-        return maps
+        return [Images(scenes.images, ((scenes.targets[:, None, None] + 1) * scenes.masks).byte(),
+                       ["background", *scenes.classes]) for scenes in open_data(args)]
     if args.data == "voc":
         # Asked to download, torchvision would unpack the archive anew every time.
         folder = pathlib.Path(args.root, "VOCdevkit/VOC2012")
@@ -933,15 +929,15 @@ def options():
     add("--eval", action="store_true", help="only evaluate the classifier or segmenter in --init")
     add("--labels", type=number(int, 1), help="training images per class; segment: in total")
     add("--head", choices=("linear", "conv"), default="linear", help="segment: conv also trains the encoder")
-    add("--train-blocks", type=number(int, 0), help="fine-tune only this many last blocks, norm and head")
+    add("--train-blocks", type=number(int, 0), help="finetune: only this many last blocks, norm and head")
     add("--pool", choices=("token", "avg"), default="avg", help="feature: class token or mean patch token")
     add("--layer-decay", type=fraction, default=1.0, help="learning rate / the next layer's (authors: 0.65)")
-    add("--randaugment", type=number(int, 0, 10), default=0, help="strength; 0: without it (paper: 9)")
+    add("--randaugment", type=number(int, 0, 10), default=0, help="finetune: strength; 0: off (paper: 9)")
     for name, text in {
         "--drop-path": "probability to skip the last block (paper: 0.1)",
         "--label-smoothing": "fraction of a target spread over all classes (paper: 0.1)",
-        "--mixup": "alpha of mixup (paper: 0.8)",
-        "--cutmix": "alpha of cutmix; with both, one at random (paper: 1.0)",
+        "--mixup": "finetune: alpha of mixup (paper: 0.8)",
+        "--cutmix": "finetune: alpha of cutmix; with both, one at random (paper: 1.0)",
         "--erasing": "probability that a rectangle becomes noise (authors: 0.25)",
     }.items():
         add(name, type=fraction, default=0.0, help=text)
