@@ -78,7 +78,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 def make_generator(num_heads, grid):
     """→ a module: attention of the prior (B, heads, N) → log-probability (B, N) of each patch. The higher
     it is, the more often the patch gets highlighted (section 3.2). The generator mixes the heads and looks at
-    a patch's neighbours, nothing else: 709 parameters for ViT-B."""
+    a patch's neighbours, zeros beyond the border: 709 parameters for ViT-B."""
     return nn.Sequential(
         nn.Unflatten(2, grid),                                        # (B, heads, h, w)
         nn.Conv2d(num_heads, num_heads // 2, 3, padding=1),
