@@ -51,11 +51,12 @@ Details that matter
 4. Gumbel noise is drawn twice a step: for the discriminator, and for the autoencoder and the generator.
 5. n patches are highlighted, as many as stay visible, not as many as get hidden.
 6. 0.5 is added to the random noise, from 0 to 1, of highlighted patches. If three quarters are hidden, that
-   hides practically all of them. What is left to chance is which patches are highlighted.
+   hides practically all of them. Left to chance are which patches are highlighted, and
+   which two thirds of the others are hidden as well.
 7. Sorting has no gradient. Two tricks let one pass: the n highest of the soft mask become 1, but keep the
    soft mask's gradient; and every token is multiplied by a 1 that has the gradient of its score.
-8. On a grid of 14×14, a box covers 40 to 160 patches and is 4 to 10 wide. One that would be higher than the
-   grid is cut off, so more than half of the boxes reach from top to bottom. Noise from 0 to 1, plus 0.5 in
+8. On a grid of 14×14, a box is 4 to 10 wide, and as high as an area of 40 to 160 patches makes it. Above 14
+   it is cut off, so more than half of the boxes reach from top to bottom. Noise from 0 to 1, plus 0.5 in
    the box, goes through a softmax over all patches. The limits scale with the grid [not in the paper].
 9. The prior is a masked autoencoder of the encoder's size, trained first (paper: 800 epochs), then frozen.
 """
@@ -120,7 +121,7 @@ def random_boxes(batch, grid, device):
     h, w = grid
     narrowest = round(4 / 14 * w)
     u, v, x, y = torch.rand(4, batch, 1, device=device)
-    area = h * w * (39 + 121 * u) / 196                               # with `ceil` below: 40 to 160 of 14×14
+    area = h * w * (39 + 121 * u) / 196                               # rounded up: 40 to 160 of 14×14
     width = (narrowest + v * (w - 2 * narrowest + 1)).floor()         # from narrowest to w − narrowest
     height = (area / width).ceil().clamp(max=h)
 
@@ -167,7 +168,7 @@ class AutoMAE(nn.Module):
 
     def forward(self, images, hint):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
-        hidden, soft mask (B, N).
+        hidden, soft mask (B, N); without a generator the last is the hint.
 
         hint: attention for the generator (B, heads, N); without a generator, (B, N) with 1 for patches to
         highlight and 0 for others, or the number 0 to highlight none.
@@ -215,9 +216,9 @@ def load_prior(args, run, train, val):
     OUT/prior, by the same function and for as long as AutoMAE."""
     out = f"{args.out}/prior"
     path = args.prior or f"{out}/last.pt"
-    if not args.prior and not run.resumes:                            # else it is complete
-        # An unfinished prior is trained to its end; a finished one is used as it is, unless --epochs has
-        # grown.
+    # Once AutoMAE itself has begun, its prior is complete. Before that, an unfinished prior is trained to its
+    # end; a finished one is used as it is, unless --epochs has grown.
+    if not args.prior and not run.resumes:
         run.print(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
         run.clear("args.json")                                        # removes an older run from OUT
         options = vars(args) | dict(masking="random", out=out, resume=not args.overwrite)
@@ -226,6 +227,7 @@ def load_prior(args, run, train, val):
             dist.barrier()
     prior = load_encoder(path, img_size=args.size, in_chans=args.in_chans)
     args.patch = prior.patch_size                                     # a hint for each patch
+    args.mean, args.std = prior.mean or args.mean, prior.std or args.std  # images as in its training
     prior.forward = prior.attention_map                               # prior(images) → (B, heads, N)
     return run.wrap(prior.eval().requires_grad_(False))
 
@@ -307,7 +309,7 @@ def pretrain(args, train=None, val=None):
                     discriminator_optimizer.zero_grad()
 
             # Then encoder, decoder and generator: reconstruct well, and draw masks that look like a box. The
-            # gradient passes through the discriminator, but not into it: hence no DDP around it.
+            # gradient passes through the discriminator, but not into its weights: hence no DDP around it.
             wrapped.require_backward_grad_sync = is_last              # DDP averages gradients once a step
             with run.autocast:
                 loss, _, mask, soft_mask = wrapped(images, hint)
@@ -344,7 +346,7 @@ def where_it_hides(model, hint, mask, objects):
     foreground = F.adaptive_avg_pool2d(objects.float(), model.encoder.grid).flatten(1)   # (B, N), parts of 1
 
     def means(values):
-        # 1e-6: an image may have none.
+        # 1e-6: no image may have any.
         return [(values * part).sum() / (part.sum() + 1e-6) for part in (foreground, 1 - foreground)]
 
     found = {}

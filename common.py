@@ -1192,8 +1192,8 @@ class Run:
             saved = read_checkpoint(f"{args.out}/last.pt")
             try:
                 # `parse_args` compares more, but AutoMAE's prior and MRA's augmentor resume by themselves.
-                names = ("data", "seed", "batch", "lr", "limit", "crop")
-                if any(saved["args"][name] != getattr(args, name) for name in names):
+                names = "data seed batch lr limit crop flip weight_decay norm_pixels".split()
+                if any(saved["args"].get(name) != vars(args).get(name) for name in names):
                     raise ValueError
                 for name, part in parts.items():
                     if saved[name]:                                   # {} of a scaler that was not needed

@@ -79,8 +79,8 @@ def divide_places(noise, members, visible, turns=1):
     In every further turn each image takes over the places of the next one. After M turns it has owned every
     place once: --mixing full [from memory].
     """
-    # Rank the places of each group at random. Member m owns ranks m·n to (m+1)·n − 1 (detail 1). Subtracting
-    # m·n, modulo N, moves them to the front: that is MAE's ids_restore. Turn t shifts by t·n more.
+    # Rank the places of each group at random. In turn t member m owns ranks (m+t)·n to (m+t+1)·n − 1, modulo
+    # N (detail 1). Subtracting (m+t)·n makes them 0 to n − 1: that is MAE's ids_restore.
     rank = noise.argsort().argsort()[:, None]                         # (G, 1, N)
     member = torch.arange(members, device=noise.device)[:, None]      # (M, 1)
     turned = [rank - visible * (member + turn) for turn in range(turns)]
@@ -91,8 +91,8 @@ def divide_places(noise, members, visible, turns=1):
 # ----------------------------------------------------------------------------------- homologous recognition
 
 def homologous_pairs(scores, visible):
-    """scores (…, N, N) of tokens, each run of `visible` tokens from one image → positive, bool (N, N): two
-    different tokens of one image; different, bool (N, N): two different tokens."""
+    """scores (…, N, N), of which only the shape counts; each run of `visible` tokens is from one image →
+    positive, bool (N, N): two different tokens of one image; different, bool (N, N): two different tokens."""
     token = torch.arange(scores.shape[-1], device=scores.device)
     different = token[:, None] != token
     owner = token // visible
@@ -160,7 +160,7 @@ class MixedAE(nn.Module):
     times the work.
 
     Without segments, homologous attention and contrastive loss (weight 0) this is naive mixing. The encoder's
-    attention is replaced in place; a plain one with the same weights comes from `load_encoder`. Raises
+    attention is replaced in place; `load_encoder` builds the plain encoder again, from a checkpoint. Raises
     UserError unless the places divide among the members.
     """
 
@@ -258,11 +258,12 @@ def pretrain(args, train=None, val=None):
             f"--batch, --micro-batch: {run.micro_batch} images do not divide into groups of {members}")
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
-    vit_args = VITS[args.model] | dict(patch_size=args.patch)
-    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
     if args.init:                                                     # the decoder always starts anew
         encoder = load_encoder(
             args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
+    else:
+        vit_args = VITS[args.model] | dict(patch_size=args.patch)
+        encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
     decoder = Decoder(encoder, **args.decoder)
     args.vit = encoder.config
     model = MixedAE(

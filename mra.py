@@ -50,7 +50,7 @@ Details that matter
  4. Predictions can leave the range of pixels and are clipped to 0 … 255.
  5. MRA works after crop and flip, on the device, on many images at once, without gradients.
  6. The augmentor in OUT/augmentor is trained on the crops it will paint: the same --crop [not in the paper].
-    By default it sees 60,000 small images, rounded up to whole epochs: little for photographs. --task
+    Of small data it sees 60,000 images, rounded up to whole epochs: little for photographs. --task
     augmentor --epochs 20 trains longer, and --augmentor PATH takes the result.
  7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
     to the background, or to the same places in every image (as on CIFAR-10), and in a small augmentor their
@@ -208,8 +208,8 @@ class MRA(nn.Module):
         """images (B, C, H, W) → the same with hidden patches in the mean colour, not painted, for --task
         occlusion."""
         noise = STRATEGIES[self.mask_strategy](self.attention(images))  # (B, N)
-        _, hidden = self.paint(images, noise, self.mask_ratio)
-        return torch.where(hidden, 0.0, images)
+        _, _, mask = hide(noise, int(noise.shape[1] * (1 - self.mask_ratio)))
+        return torch.where(self.per_pixel(mask) > 0, 0.0, images)
 
 
 def new_classifier(args):
@@ -282,8 +282,8 @@ def pretrain(args, train=None, val=None):
 
 @torch.no_grad()
 def draw(mra, dataset, run):
-    """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategy. Where the
-    data know their objects, says and logs which part of them stays visible."""
+    """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategy. If the
+    data have maps of their objects, prints and logs how much of them stays visible."""
     args = run.args
     images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
@@ -319,7 +319,6 @@ def run_in_folder(function, args, folder, train, val, **overrides):
     options = argparse.Namespace(**(vars(args) | overrides))
     options.out = f"{args.out}/{folder}"
     options.resume = args.resume or not args.overwrite
-    options.overwrite = True
     result = function(options, train, val)
     if dist.is_initialized():
         dist.barrier()                                                # until process 0 has written it
@@ -383,12 +382,12 @@ def augment(args, mra, images, labels=None):
     """images (b, C, H, W), labels (b,) → both, augmented as --augment says, but without RandAugment, which
     has to come before images are normalised. Mixed labels are (b, K); without labels nothing is mixed. Cutout
     is a square of half a side, mixup's alpha is 0.2 [not in the paper]."""
-    mixes = []
     if "mra" in args.augment:
         images = mra(images)                                          # detail 5
     if "cutout" in args.augment:
         cutout = v2.RandomErasing(1.0, scale=(0.25, 0.25), ratio=(1.0, 1.0))
         images = torch.stack([cutout(image) for image in images])
+    mixes = []
     if "cutmix" in args.augment:
         mixes.append(v2.CutMix(num_classes=args.num_classes))
     if "mixup" in args.augment:
@@ -485,11 +484,13 @@ def classify(args, train=None, val=None):
         train_step(run, wrapped, optimizer, loader, loss_of)
         if semi:
             update_average(average, model, args.ema)
-        if run.should_evaluate(step, cost=len(val_ids)):
+        if len(val_ids) and run.should_evaluate(step, cost=len(val_ids)):
             result, _ = evaluate(average, val, val_ids, run)
             run.log(top1=result["top1"])
             model.train()
 
+    if mra:
+        mra.probability = 1.0                                         # from here on it paints every image
     if fewshot:
         result = evaluate_episodes(average, mra, val, classes, run)
         classes = WAYS                                                # among so many an episode chooses
@@ -501,7 +502,6 @@ def classify(args, train=None, val=None):
             # Does MRA keep the class of an image? Then a classifier trained without it stays sure.
             if run.rank == 0:
                 draw(mra, val, run)
-            mra.probability = 1.0
             for strategy in STRATEGIES:
                 mra.mask_strategy = strategy
                 painted, _ = evaluate(average, val, val_ids, run, mra.forward)
@@ -684,7 +684,7 @@ def options():
         help="fraction of patches to paint (paper: 0.4 [from memory])")
     add("--mask-strategy", choices=STRATEGIES, default="low",
         help="hide patches of low or high attention, or any (paper: low)")
-    add("--apply", type=fraction, default=1.0, help="probability that an image is augmented")
+    add("--apply", type=fraction, default=1.0, help="probability that MRA paints an image")
     add("--augmentor", help="a masked autoencoder's checkpoint; left out: one is trained in OUT/augmentor")
     add("--augment", nargs="+", choices=("none", "mra", "cutout", "cutmix", "mixup", "randaugment"),
         default=["mra"], help="for training images, one or several (default for scenes, supervised: none)")
@@ -707,6 +707,8 @@ def main(arguments=None, train=None, val=None):
         "mra",
         lambda args, kind: preset(args, "small" if train else kind),
         arguments)
+    if args.init:
+        raise UserError("mra.py takes no --init: a trained masked autoencoder is --augmentor")
     TASKS[args.task](args, train, val)
 
 

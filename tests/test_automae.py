@@ -358,8 +358,9 @@ def test_a_prior_goes_on_only_with_its_own_options_and_a_wrong_path_costs_nothin
     assert code == 2 and "nowhere.pt" in stderr and (here / "last.pt").read_bytes() == before
     for name in ("last.pt", "args.json"):                                   # as if stopped in its prior
         (here / name).unlink()
-    code, _, stderr = cli(*RUN, "--out", here, "--crop", 0.5)
-    assert code == 2 and "options" in stderr and not (here / "last.pt").exists()
+    for other in (["--crop", 0.5], ["--no-flip"], ["--norm-pixels"]):
+        code, _, stderr = cli(*RUN, "--out", here, *other)
+        assert code == 2 and "options" in stderr and not (here / "last.pt").exists()
 
 
 def test_more_epochs_do_not_train_the_prior_further(finished, cli, tmp_path):
@@ -418,6 +419,7 @@ def test_one_step_equals_one_by_hand(finished, tmp_path):
     train, _ = map(common.label_objects, common.prepare_data(args, run))
     run.start(16)
     prior = common.load_encoder(args.prior).eval()
+    args.mean, args.std = prior.mean, prior.std                             # images as in the prior's training
     torch.manual_seed(0)
     encoder = common.ViT(16, 4, embed_dim=128, depth=4, num_heads=4)
     decoder = common.Decoder(encoder, 64, 1, 4)

@@ -483,6 +483,12 @@ def test_fewshot_never_trains_on_the_classes_it_is_tested_on(augmentor, tmp_path
     mra.main([*SHORT, *words, "--out", f"{tmp_path}/run"], *scenes)
     assert set(torch.cat(seen).tolist()) == set(range(5))
     assert not (tmp_path / "run" / "augmentor").exists()               # nothing would use it
+    # Validation images of the classes held out are enough.
+    train, val = scenes
+    held_out = val.targets >= 5
+    val = common.Images(val.images[held_out], val.targets[held_out], val.classes)
+    mra.main([*SHORT, *words, "--out", f"{tmp_path}/held-out"], train, val)
+    assert log_of(tmp_path / "held-out")[-1]["shots_5"] == log_of(tmp_path / "run")[-1]["shots_5"]
 
 
 def test_without_an_augmentor_one_is_trained_first_and_not_twice(cli, tmp_path, monkeypatch):
@@ -541,7 +547,7 @@ def test_occlusion_at_zero_is_the_accuracy(runs, augmentor, tmp_path, cli):
     ("--augment mra cutmx", "cutmix"), ("--classifier resnet81", "resnet81"),
     ("--mask-ratio 2", "between 0 and 1"), ("--labels 30", "--labels 30"), ("--task occlusion", "--compare"),
     ("--task occlusion --compare {file}", "no classifier"), ("--augmentor nowhere.pt", "nowhere.pt"),
-    ("--task fewshot --held-out 4", "--held-out")])
+    ("--task fewshot --held-out 4", "--held-out"), ("--init {file}", "takes no --init")])
 def test_bad_input_gets_one_line(options, says, augmentor, tmp_path, cli):
     words = options.format(file=augmentor).split()
     words = words if "nowhere" in options else [*words, "--augmentor", augmentor]
