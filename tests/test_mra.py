@@ -547,7 +547,8 @@ def test_occlusion_at_zero_is_the_accuracy(runs, augmentor, tmp_path, cli):
     ("--augment mra cutmx", "cutmix"), ("--classifier resnet81", "resnet81"),
     ("--mask-ratio 2", "between 0 and 1"), ("--labels 30", "--labels 30"), ("--task occlusion", "--compare"),
     ("--task occlusion --compare {file}", "no classifier"), ("--augmentor nowhere.pt", "nowhere.pt"),
-    ("--task fewshot --held-out 4", "--held-out"), ("--init {file}", "takes no --init")])
+    ("--task fewshot --held-out 4", "--held-out"),
+    ("--init {file}", "takes no --init")])
 def test_bad_input_gets_one_line(options, says, augmentor, tmp_path, cli):
     words = options.format(file=augmentor).split()
     words = words if "nowhere" in options else [*words, "--augmentor", augmentor]
