@@ -419,7 +419,7 @@ def test_one_step_equals_one_by_hand(finished, tmp_path):
     train, _ = map(common.label_objects, common.prepare_data(args, run))
     run.start(16)
     prior = common.load_encoder(args.prior).eval()
-    args.mean, args.std = prior.mean, prior.std                             # images as in the prior's training
+    args.mean, args.std = prior.mean, prior.std                             # as in the prior's training
     torch.manual_seed(0)
     encoder = common.ViT(16, 4, embed_dim=128, depth=4, num_heads=4)
     decoder = common.Decoder(encoder, 64, 1, 4)
