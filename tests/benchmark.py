@@ -1,25 +1,21 @@
 """How fast is it? Candidates take turns, and every figure is a median, so ratios can be compared between
 machines; seconds cannot.
 
-    python tests/benchmark.py [step paper input methods] [--model base] [--batch 8] [--rounds 5]
-    python tests/benchmark.py --gpu                 # as many parts for GPUs as fit into eight minutes
-    python tests/benchmark.py --gpu graphs sweep    # some of them
+    python tests/benchmark.py [step paper input] [--model base] [--batch 8] [--rounds 5]
+    python tests/benchmark.py --gpu                 # all parts for GPUs
+    python tests/benchmark.py --gpu large sweep     # some of them
 
     step       a pre-training step of ours, and of transformers' ViTMAE where it is installed
     paper      mask tokens in the encoder or not, and a decoder of one block (MAE, table 2 and section 4.1)
     input      images of 500×375 from files to crops of 224, on one core
-    methods    images/s of the scripts' default runs
 
 On a GPU, in bf16. The matrix rate is that of one large product of matrices, measured on the same card. A
 step's part of it counts the operations that our step needs, whichever code computes it.
 
-    kernels    attention by backend and number of tokens, the choice of keys in MixedAE, the patch embedding
-    optimizer  AdamW, fused or not
+    kernels    MixedAE's attention and its choice of keys, the patch embedding
     large, base, huge   a step of ViT-L, B, H at 224 pixels: ours, ViTMAE, the layout of MAE's code
     epoch      50,000 images of 32 pixels from memory, ViT-tiny
     scripts    the scripts' loops at 224 pixels: MAE, MixedAE, AutoMAE, ResNet-50 with and without MRA
-    graphs     a step of small models, as CUDA graphs or not
-    decode     JPEGs on one core, and by the GPU's decoder
     sweep      a step of ViT-L by batch size
 """
 
@@ -27,8 +23,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import importlib
-import json
 import statistics
 import sys
 import tempfile
@@ -43,9 +37,7 @@ import mae
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -111,18 +103,16 @@ def compile_blocks(model):
     return model
 
 
-def make_step(model, images, device, loss_of=lambda output: output[0], compiled=None, **options):
+def make_step(model, images, device, loss_of=lambda output: output[0], compiled=None):
     """→ a function that does one training step in bf16 on a GPU, in float32 on a CPU. compiled: on GPUs, if
-    left out. options: torch.compile's."""
+    left out."""
     model.to(device).train()
     forward = model
     if compiled or (compiled is None and device == "cuda"):
-        forward = torch.compile(model, dynamic=False, **options)
+        forward = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step():
-        if options:
-            torch.compiler.cudagraph_mark_step_begin()
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             loss = loss_of(forward(images))
         loss.backward()
@@ -158,7 +148,7 @@ def compare(args, title, steps, batch, repeat=1, work=None):
     for name, step in steps.items():
         start = time.perf_counter()
         with guarded(name):
-            # Warms up, compiles, and records CUDA graphs.
+            # Warms up and compiles.
             for _ in range(3 if device == "cuda" else 1):
                 step()
             synchronize(device)
@@ -212,6 +202,7 @@ def write_jpegs(folder, count):
 
 def read_files(args, images, count=64):
     """Files to crops, as a worker process does it, beside Pillow's decoding alone."""
+    torch.set_num_threads(1)                                          # as in a worker process
     with tempfile.TemporaryDirectory() as folder:
         write_jpegs(folder, count)
         dataset = common.ImageFolder(folder)
@@ -228,18 +219,6 @@ def read_files(args, images, count=64):
 
         args = argparse.Namespace(rounds=args.rounds, device="cpu")
         compare(args, "500×375 JPEGs to crops of 224", {"ours": ours, "decoding alone": decode}, count)
-
-
-def methods(args, images):
-    """Each script's default run for 40 steps: images/s as it logs them, its prior or augmentor apart."""
-    for name in ("mae", "automae", "mixedae"):
-        script = importlib.import_module(name)
-        with tempfile.TemporaryDirectory() as out:
-            options = ["--limit", "1280", "--epochs", "2", "--out", out, "--overwrite"]
-            script.main(options)
-            lines = [json.loads(line) for line in open(f"{out}/log.jsonl")]
-        speed = [line["images_per_s"] for line in lines if "images_per_s" in line][-1]
-        print(f"  {name:<40}{speed:>10.1f} images/s", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- on a GPU
@@ -281,27 +260,10 @@ def kernels(args):
         gradient = torch.randn_like(function(*inputs))
         return lambda: torch.autograd.grad(function(*inputs), learned, gradient)
 
-    def attend(backend, *inputs):
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*inputs)
-
     def attend_masked(*inputs):
         return F.scaled_dot_product_attention(*inputs, mask)
 
-    # Are 50 or 197 tokens slower than the next multiple of 8? In the encoder of ViT-B, then in the decoder.
     batch = args.batch
-    cases = (("encoder", 12, 64, (50, 56, 64)), ("decoder", 16, 32, (197, 200, 208)))
-    for title, heads, width, sizes in cases:
-        steps = {}
-        for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-            attend_by = functools.partial(attend, getattr(SDPBackend, backend))
-            for tokens in sizes:
-                name = f"{tokens} tokens, {backend.lower()}"
-                with guarded(name):
-                    qkv = [make(batch, heads, tokens, width) for _ in range(3)]
-                    steps[name] = both_passes(attend_by, *qkv)
-        compare(args, f"attention of the {title} of ViT-B", steps, batch, 20)
-
     # MixedAE: a quarter of the sequences, and a mask that is made from the 49 highest of 196 scores.
     qkv = [make(batch // 4, 12, 197, 64) for _ in range(3)]
     scores = make(batch // 4, 12, 196, 196)
@@ -314,7 +276,7 @@ def kernels(args):
     }
     compare(args, "one block of MixedAE", steps, batch, 20)
 
-    # The patch embedding is a convolution. As a product of matrices it is the same.
+    # The patch embedding is a product of matrices. As a convolution, as in MAE's code, it is the same.
     images, weight = make(batch, 3, 224, 224), make(768, 3, 16, 16)
     steps = {
         "convolution": both_passes(lambda weight: F.conv2d(images, weight, stride=16), weight),
@@ -410,52 +372,6 @@ def epoch(args, count=50_000):
             torch.compiler.reset()
 
 
-def graphs(args):
-    """Small models, whose kernels are so short that the processor cannot start them fast enough."""
-    for name, size, batch in (("nano", 64, 16), ("tiny", 32, 256)):
-        images = torch.randn(batch, 3, size, size, device=args.device)
-        patch = min(common.VITS[name]["patch_size"], size // 8)
-        steps = {}
-        cases = {
-            "compiled": {},
-            "compiled, as CUDA graphs": dict(mode="reduce-overhead"),
-            "not compiled": dict(compiled=False),
-        }
-        for title, options in cases.items():
-            encoder = common.ViT(size, **common.VITS[name] | dict(patch_size=patch))
-            model = mae.MAE(encoder, common.Decoder(encoder, embed_dim=64, depth=1, num_heads=4))
-            with guarded(title):
-                steps[title] = make_step(model, images, args.device, **options)
-        compare(args, f"a step of ViT-{name}, {size} pixels", steps, batch, 20)
-
-
-def decode(args, count=256):
-    """JPEGs to pixels: on one core, as a worker process does it, and by the decoder that some GPUs have."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_jpegs(folder, count)
-        paths = [f"{folder}/{i}.jpg" for i in range(count)]
-        files = [torchvision.io.read_file(path) for path in paths]
-        steps = {
-            "Pillow, one core": lambda: [common.read_image(path) for path in paths],
-            "torchvision's decode_jpeg on the GPU": lambda: torchvision.io.decode_jpeg(
-                files, torchvision.io.ImageReadMode.RGB, device=args.device),
-        }
-        compare(args, "JPEGs of 500×375 pixels", steps, count)
-
-
-def optimizer(args):
-    """One kernel that does all of AdamW, beside one for each of its operations."""
-    steps = {}
-    for title in ("fused", "foreach"):
-        with guarded(title):
-            with torch.device(args.device):
-                model = build("large")
-            for parameter in model.parameters():
-                parameter.grad = torch.randn_like(parameter)
-            steps[title] = torch.optim.AdamW(model.parameters(), lr=1e-4, **{title: True}).step
-    compare(args, "AdamW for ViT-L", steps, 1, 5)
-
-
 def sweep(args):
     """From which batch size on is the card busy? Compiling the blocks alone keeps this short."""
     work = work_of("large", args)
@@ -472,36 +388,26 @@ def sweep(args):
 
 
 def on_gpu(args, questions):
-    """Runs parts for GPUs. None begins after five minutes; the one that compiles many models, after two
-    and a half, so that the last one ends in time."""
-    began = time.perf_counter()
-    left_out = []
+    """Runs parts for GPUs."""
     torch.set_float32_matmul_precision("high")                        # as the scripts do
     args.rate = common.matrix_rate(args.device, torch.bfloat16)
     name = torch.cuda.get_device_name() if args.device == "cuda" else args.device
     print(f"{name}, CUDA {torch.version.cuda}, matrix rate {args.rate / 1e12:.0f} TFLOP/s in bf16")
     for question in questions:
-        if time.perf_counter() - began > (150 if question == "scripts" else 300):
-            left_out.append(question)
-            continue
+        began = time.perf_counter()
         with guarded(question):
             ON_GPU[question](args)
         torch.compiler.reset()
-        print(f"  ({question} ends after {time.perf_counter() - began:.0f} s)", flush=True)
-    if left_out:
-        print(f"\nno time for: python tests/benchmark.py --gpu {' '.join(left_out)}")
+        print(f"  ({question} took {time.perf_counter() - began:.0f} s)", flush=True)
 
 
-QUESTIONS = {"step": step, "paper": paper, "input": read_files, "methods": methods}
+QUESTIONS = {"step": step, "paper": paper, "input": read_files}
 ON_GPU = {                                                            # in this order
     "kernels": kernels,
-    "optimizer": optimizer,
     "large": functools.partial(model_step, name="large", batch=256),
     "base": functools.partial(model_step, name="base", batch=256),
     "epoch": epoch,
     "scripts": scripts,
-    "graphs": graphs,
-    "decode": decode,
     "sweep": sweep,
     "huge": functools.partial(model_step, name="huge", batch=64),
 }
@@ -509,13 +415,16 @@ ON_GPU = {                                                            # in this 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("questions", nargs="*", choices=[*QUESTIONS, *ON_GPU, []])
+    parser.add_argument("questions", nargs="*")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--model", choices=common.VITS, default="base")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    parts = ON_GPU if args.gpu else QUESTIONS
+    if not set(args.questions) <= parts.keys():
+        parser.error(f"choose from {', '.join(parts)}")
     if args.gpu and args.device != "cuda":
         parser.error("--gpu needs a GPU with CUDA")
     args.batch = args.batch or (256 if args.gpu else 8)

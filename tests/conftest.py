@@ -14,16 +14,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: minutes of training, left out unless asked for with -m slow")
-
-
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if "slow" in item.keywords and "slow" not in config.getoption("markexpr"):
-            item.add_marker(pytest.mark.skip(reason="minutes of training: -m slow"))
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     import torch

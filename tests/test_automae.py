@@ -479,3 +479,9 @@ def test_boxes_need_data_with_maps(cli, tmp_path):
     code, _, stderr = cli("--data", tmp_path / "images", *RUN, "--batch", 8, "--workers", 0, "--masking",
                           "boxes", "--out", tmp_path / "run")
     assert code == 2 and stderr.count("\n") == 1 and "--masking" in stderr
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_it_trains_in_16_bits(precision, finished, cli, tmp_path):
+    prior = finished[0] / "prior" / "last.pt"
+    assert cli(*RUN, "--epochs", 1, "--precision", precision, "--prior", prior, "--out", tmp_path)[0] == 0

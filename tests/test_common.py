@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zipfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,6 +48,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
 TINY = dict(img_size=24, patch_size=4, embed_dim=32, depth=2, num_heads=4)
@@ -74,21 +74,13 @@ def close(found, wanted, tolerance=1e-5):
 )
 def test_patches_equal_a_slow_loop_and_go_back(channels, height, width, patch):
     images = torch.randn(2, channels, height, width)
-    slow = torch.tensor(
-        [
-            [
-                [
-                    images[b, c, top + y, left + x]
-                    for y in range(patch)
-                    for x in range(patch)
-                    for c in range(channels)
-                ]
-                for top in range(0, height, patch)
-                for left in range(0, width, patch)
-            ]
-            for b in range(2)
-        ]
-    )
+    slow = []
+    for image in images:
+        for top in range(0, height, patch):
+            for left in range(0, width, patch):
+                square = image[:, top:top + patch, left:left + patch]
+                slow.append(square.permute(1, 2, 0).flatten())                # row, column, channel
+    slow = torch.stack(slow).unflatten(0, (2, -1))
     assert torch.equal(patchify(images, patch), slow)
     assert torch.equal(unpatchify(slow, patch, (height, width)), images)
 
@@ -205,18 +197,13 @@ def test_exports_have_a_free_batch_size():
     close(torch.jit.trace(vit, images)(more), vit(more))
 
 
-@pytest.mark.parametrize("dynamo", [True, False])
-def test_onnx_has_a_free_batch_size(dynamo, tmp_path):
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
+def test_onnx_has_a_free_batch_size(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
     vit, path = shake(ViT(**TINY)), str(tmp_path / "vit.onnx")
-    free = dict(dynamic_shapes={"images": {0: torch.export.Dim("B")}})
-    if not dynamo:
-        free = dict(dynamic_axes={"images": {0: "B"}})
-    images = torch.randn(2, 3, 24, 24)
-    torch.onnx.export(vit, (images,), path, input_names=["images"], dynamo=dynamo, **free)
+    images, free = torch.randn(2, 3, 24, 24), {"images": {0: torch.export.Dim("B")}}
+    torch.onnx.export(vit, (images,), path, input_names=["images"], dynamic_shapes=free)
     more = torch.randn(5, 3, 24, 24)
-    (found,) = runtime.InferenceSession(path).run(None, {"images": more.numpy()})
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"images": more.numpy()})
     close(torch.from_numpy(found), vit(more), 1e-4)
 
 
@@ -276,25 +263,26 @@ def hugging_face(kind):
 
 def saved_as(style, model, folder):
     """Saves transformers' model in one of the ways in which such files are found → path."""
-    path = folder / "pytorch_model.bin"
-    if style == "safetensors":
-        pytest.importorskip("safetensors")
+    from safetensors.torch import load_file
+
+    path, state = folder / "pytorch_model.bin", model.state_dict()
+    if style in ("safetensors", "bin"):                    # the names of a file, not those in memory
         model.save_pretrained(folder)
-        return str(folder / "model.safetensors")
-    state = model.state_dict()
-    if style == "bin":  # the names of a file, not those in memory
-        state = saved_names(model, folder)
-    torch.save(
-        {style + name: tensor for name, tensor in state.items()} if style.endswith(".") else state, path
-    )
+        if style == "safetensors":
+            return str(folder / "model.safetensors")
+        state = load_file(folder / "model.safetensors")
+    elif style.endswith("."):
+        state = {style + name: tensor for name, tensor in state.items()}
+    torch.save(state, path)
     return str(path)
 
 
-def saved_names(model, folder):
-    from safetensors.torch import load_file
-
-    model.save_pretrained(folder)
-    return load_file(folder / "model.safetensors")
+@pytest.mark.parametrize("width, heads", [(128, 4), (192, 3), (512, 8), (1280, 16)])
+def test_heads_that_a_file_does_not_name_follow_from_the_width(width, heads, tmp_path):
+    encoder, path = ViT(8, 4, embed_dim=width, depth=1, num_heads=1), str(tmp_path / "release.pth")
+    torch.save(encoder.state_dict() | Decoder(encoder, 32, 1, 1).state_dict(), path)
+    found = load_encoder(path)
+    assert found.num_heads == heads and load_decoder(path, found).config["num_heads"] == 16
 
 
 HEADS = dict(num_heads=4)  # no file of theirs names them
@@ -452,7 +440,8 @@ def test_maps_of_a_classifier_by_the_mean_pass_its_norm(tmp_path):
 
 
 @pytest.mark.parametrize("old, new", [(24, 36), ((24, 16), (20, 40))])
-def test_positions_are_resized_as_interpolate_does(old, new, tmp_path):
+def test_positions_are_resized_as_timm_does(old, new, tmp_path):
+    timm = pytest.importorskip("timm")
     vit, path = shake(ViT(**TINY | dict(img_size=old))), str(tmp_path / "own.pth")
     decoder = Decoder(vit, embed_dim=16, depth=1, num_heads=2)
     torch.save(dict(encoder=vit.state_dict(), decoder=decoder.state_dict(), args=dict(vit=vit.config)), path)
@@ -462,9 +451,9 @@ def test_positions_are_resized_as_interpolate_does(old, new, tmp_path):
         (vit.pos_embed, encoder.pos_embed),
         (decoder.decoder_pos_embed, decoder_new.decoder_pos_embed),
     ):
-        places = table[:, 1:].transpose(1, 2).unflatten(2, vit.grid)
-        wanted = F.interpolate(places, encoder.grid, mode="bicubic").flatten(2).transpose(1, 2)
-        close(found, torch.cat([table[:, :1], wanted], dim=1), 1e-6)
+        wanted = timm.layers.resample_abs_pos_embed(
+            table, [*encoder.grid], [*vit.grid], interpolation="bicubic", antialias=False)
+        close(found, wanted, 1e-6)
     assert encoder(torch.randn(1, 3, *common.to_pair(new))).shape == (1, 32)
 
 
@@ -551,21 +540,7 @@ def test_bad_checkpoints_are_refused_and_run_no_code(kind, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-def test_a_compressed_checkpoint_is_read_right_or_refused(tmp_path):
-    vit = shake(ViT(**TINY))
-    torch.save(vit.state_dict(), tmp_path / "plain.pth")
-    old, new = (
-        zipfile.ZipFile(tmp_path / name, mode, zipfile.ZIP_DEFLATED)
-        for name, mode in (("plain.pth", "r"), ("small.pth", "w"))
-    )
-    with old, new:
-        for entry in old.namelist():
-            new.writestr(entry, old.read(entry))
-    try:
-        found = load_encoder(str(tmp_path / "small.pth"), **HEADS)
-    except UserError:
-        return
-    close(found.state_dict(), vit.state_dict(), 0)
+
 
 
 def test_sizes_in_a_checkpoints_options_are_not_believed(tmp_path):
@@ -616,26 +591,31 @@ def opened(out, *flags, train=None, val=None):
     return run, *prepare_data(run.args, run, train, val)
 
 
+class Many(Own):
+    """8,000 images, each of one value."""
+
+    def __len__(self):
+        return 8000
+
+    def __getitem__(self, i):
+        return self.images[0] + i % 200, i % 10
+
+
 def test_many_images_are_read_with_few_open_files(tmp_path):
-    code = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
-sys.path.insert(0, sys.argv[1])
-from test_common import *
-image = torch.zeros(3, 4, 4, dtype=torch.uint8)
-class Own(torch.utils.data.Dataset):
-    __len__ = lambda self: 8000
-    __getitem__ = lambda self, i: (image + i % 200, i % 10)
-_, train, _ = opened(sys.argv[2], "--data", "own", "--workers", 1, train=Own())
-assert len(train) == 8000 and train.images[201].unique() == 1
-"""
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), tmp_path / "run"], check=True)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = max(map(int, os.listdir("/dev/fd"))) + 100             # the images come in 80 parts of two tensors
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+    try:
+        data = Many(torch.zeros(1, 3, 4, 4).byte())
+        _, train, _ = opened(tmp_path, "--data", "own", "--workers", 1, train=data)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(train) == 8000 and train.images[201].unique() == 1
 
 
 def test_no_position_among_very_many_images_is_rounded():
     ids = spread(40_000_000, 4_000_000)
     assert ids[-1] == 39_999_999 and len(ids.unique()) == 4_000_000 and (ids % 2 == 1).any()
-    assert (spread(17_000_000)[-3:] == torch.arange(16_999_997, 17_000_000)).all()
 
 
 def test_an_augmentation_for_8_bits_gets_8_bits_without_wrapping_around(tmp_path):
@@ -814,14 +794,7 @@ def test_folders_of_many_kinds_and_modes_are_read_and_what_is_skipped_is_counted
     assert train.skipped == {".txt": 2, ".json": 1}
 
 
-@pytest.mark.parametrize("images", [["a.png"], ["a/1.png", "b/2.png"]])
-def test_skipped_files_are_counted_once(images, tmp_path):
-    for name in images:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        write_image(tmp_path / name)
-    (tmp_path / images[0]).with_name("notes.txt").write_text("text")
-    _, train, _ = opened(tmp_path / "out", "--data", tmp_path, *LARGE)
-    assert train.skipped == {".txt": 1}
+
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -906,24 +879,26 @@ def png_that_claims(width, height):
 
 
 @pytest.mark.parametrize("flags", [LARGE, ["--size", 32]])
-@pytest.mark.parametrize("bomb", [None, (65500, 65500), (14_000, 14_000)])
-def test_unreadable_images_are_replaced_and_bombs_cost_nothing(bomb, flags, tmp_path):
+def test_unreadable_images_are_replaced(flags, tmp_path):
     whole = tmp_path / "c.png"
     write_image(whole, colour=77)
     (tmp_path / "a.png").write_bytes(whole.read_bytes()[:60])
     (tmp_path / "b.jpg").write_bytes(b"no image")
-    (tmp_path / "d.png").write_bytes(png_that_claims(*bomb) if bomb else b"")
-    (tmp_path / "e.png").write_bytes(b"")
+    (tmp_path / "d.png").write_bytes(b"")
     os.mkfifo(tmp_path / "f.png")
-    memory = peak_memory()
     with within(10):
         run, train, _ = opened(
             tmp_path / "out", "--data", tmp_path, "--mean", 0, 0, 0, "--std", 1, 1, 1, *flags
         )
         images, _ = next(batches(train, [(torch.arange(len(train)), 0)], run))
-    assert len(train) == 5
+    assert len(train) == 4
     close(images, torch.tensor([77.0, 0, 0])[:, None, None].expand_as(images), 0.01)
-    assert peak_memory() - memory < 200
+
+@pytest.mark.parametrize("side", [14_000, 65_500])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(side, tmp_path):
+    (tmp_path / "a.png").write_bytes(png_that_claims(side, side))
+    with pytest.raises(Image.DecompressionBombError):
+        common.read_image(tmp_path / "a.png")
 
 
 def test_an_image_with_nan_is_unreadable_too(tmp_path):
@@ -947,7 +922,9 @@ def test_a_long_thin_image_stays_small(train, tmp_path):
 def test_classes_of_folders_and_flat_validation_folders(tmp_path):
     for name in ("train/a", "train/b", "train/c", "val/c", "val/b"):
         write_image(tmp_path / name / "1.png")
-    _, train, val = opened(tmp_path / "out", "--data", tmp_path)
+    (tmp_path / "train/a/notes.txt").touch()
+    _, train, val = opened(tmp_path / "out", "--data", tmp_path, *LARGE)
+    assert train.skipped == {".txt": 1}
     assert (
         labels_of(train).tolist() == [0, 1, 2]
         and labels_of(val).tolist() == [1, 2]
@@ -994,12 +971,35 @@ def test_the_plan_is_a_function_of_seed_and_step():
     assert [pair for pairs in zip(*parts) for pair in pairs] == same
 
 
-def test_spread_and_labels_of():
-    assert (
-        spread(10).tolist() == [*range(10)]
-        and spread(9, 3).tolist() == [0, 4, 8]
-        and len(spread(5, 100)) == 5
-    )
+def test_spread():
+    assert spread(10).tolist() == [*range(10)]
+    assert spread(9, 3).tolist() == [0, 4, 8]
+    assert len(spread(5, 100)) == 5
+
+
+def test_images_above_224_pixels_are_seen_whole():
+    columns = torch.arange(480.0).expand(3, 480, 480)
+    assert common.center_crop(columns, (240, 240))[0, 0, 0] < 2
+    assert 28 < common.center_crop(columns, (224, 224))[0, 0, 0] < 33          # 7/8: the first 30 are cut off
+
+
+def test_torchvisions_parts_and_labels_have_several_names(monkeypatch):
+    def by_split(root, split, download, transform):
+        return split
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", lambda root, train, download, transform: train)
+    monkeypatch.setattr(torchvision.datasets, "SVHN", by_split)
+    monkeypatch.setattr(torchvision.datasets, "STL10", by_split)
+    assert common.torchvision_datasets("cifar10", "data") == [True, False]
+    assert common.torchvision_datasets("svhn", "data") == ["train", "test"]
+    assert common.torchvision_datasets("stl10", "data") == ["train+unlabeled", "test"]
+    for name in ("_labels", "labels", "targets"):
+        theirs = torchvision.datasets.VisionDataset("")          # reading an image raises NotImplementedError
+        setattr(theirs, name, [2, 0])
+        assert labels_of(theirs).tolist() == [2, 0]
+
+
+def test_labels_of():
     own = Own(torch.zeros(3, 1, 2, 2).byte())
     own.labels = {"cat": 0, "dog": 1}                          # counts in torchvision's datasets alone
     assert labels_of(own).tolist() == [0, 1, 0]
@@ -1072,8 +1072,6 @@ def test_every_weight_matrix_is_decayed_and_nothing_else():
 def test_a_batch_is_divided_into_micro_batches(flags, parts, tmp_path):
     run = run_of(tmp_path, *flags)
     assert (run.micro_batch, run.accumulate) == parts
-    with pytest.raises(UserError):
-        run_of(tmp_path, "--batch", 10, "--micro-batch", 4)
 
 
 def test_a_folder_that_holds_a_run_is_not_taken(tmp_path):
@@ -1174,33 +1172,27 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
     image = folder / "1.png"
     write_image(image, size=(128, 128))
     look()
-    for i in range(50_000):
+    for i in range(49_999):
         os.link(image, folder / f"copy{i}.png")             # one image under many names
+    (folder / "notes.txt").touch()                          # files of other kinds do not count
+    look()
+    os.link(image, folder / "one more.png")
     look()
     write_image(tmp_path / "new.png", size=(32, 32))
     image.write_bytes((tmp_path / "new.png").read_bytes())
     look()
     write_image(tmp_path / "data" / "overview.png", size=(640, 480))
     look()
-    # Files of other kinds do not count.
-    shutil.rmtree(folder)
-    write_image(folder / "1.png", size=(128, 128))
-    (folder / "notes.txt").touch()
-    for i in range(50_000):
-        os.link(folder / "notes.txt", folder / f"{i}.txt")
-    look()
-    assert kinds == ["small", "imagenet", "small", "small", "small"]
+    assert kinds == ["small", "small", "imagenet", "small", "small"]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 32)])
-def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size):
+def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size, tmp_path):
     images = (torch.rand(20, 3, *size) * 255).byte()
-    options = dict(size=size, crop=1.0, flip=True, mean=[0.0] * 3, std=[1.0] * 3, workers=0)
-    run = SimpleNamespace(args=SimpleNamespace(**options), device=torch.device("cpu"), on_gpu=False)
-    memory = common.Images(images, torch.zeros(20), [])
-    files = torch.utils.data.TensorDataset(images, torch.zeros(20))
-    for dataset in (memory, files):
-        seen, _ = next(common.batches(dataset, [(torch.arange(20), 0)], run, train=True))
+    for number, dataset in enumerate((common.Images(images, [0] * 20, ["a"]), Own(images))):
+        flags = ["--mean", 0, 0, 0, "--std", 1, 1, 1, "--workers", 0]
+        run, data, _ = opened(tmp_path / str(number), *flags, train=dataset)
+        seen, _ = next(batches(data, [(torch.arange(20), 0)], run, train=True))
         same = (seen == images).flatten(1).all(dim=1)
         mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
         assert (same | mirrored).all() and same.any() and mirrored.any()

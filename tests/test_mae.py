@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,9 @@ from pathlib import Path
 
 import common
 import mae
-from common import Decoder, Images, Run, UserError, ViT, load_decoder, load_encoder, parse_args, patchify
+from common import (
+    Decoder, Images, Run, UserError, ViT, center_crop, load_decoder, load_encoder, parse_args,
+    patchify, read_image)
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from torchvision.transforms import v2
 
 # Scenes of 32 pixels, 8 steps an epoch; the last line is for tasks, which take model and size from --init.
 MODEL = (
@@ -42,7 +44,7 @@ def close(found, wanted, tolerance=1e-5):
 
 
 def args_of(out, *flags):
-    return parse_args(mae.options(), "mae", mae.preset, [str(flag) for flag in ("--out", out, *flags)])
+    return mae.parse([str(flag) for flag in ("--out", out, *flags)])
 
 
 def saved(out, name="last.pt"):
@@ -188,21 +190,17 @@ def test_the_encoder_never_sees_hidden_pixels_and_every_parameter_learns():
         assert name.endswith("pos_embed") or parameter.grad.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("side", [14, 7])
-def test_a_mask_of_ones_own_hides_exactly_what_it_says(side):
-    encoder = ViT(side, 1, embed_dim=8, depth=1, num_heads=1)
-    model, images = (
-        mae.MAE(encoder, Decoder(encoder, 8, 1, 1), norm_pixels=False),
-        torch.rand(2, 3, side, side),
-    )
-    for count in range(1, side * side):
-        wanted = torch.rand(2, side * side).argsort(dim=1) < count
-        loss, prediction, mask = model(images, mask=wanted)
-        one, _, _ = model(images, mask=wanted[:1])                      # the first image's for all
-        torch.testing.assert_close(one, model(images, mask=wanted[:1].repeat(len(images), 1))[0])
+def test_a_mask_of_ones_own_hides_exactly_what_it_says():
+    model, images = tiny(), torch.rand(2, 3, 16, 16)
+    order = torch.rand(2, 16).argsort(dim=1)
+    for count in (1, 7, 15):
+        wanted = order < count
+        loss, _, mask = model(images, mask=wanted)
         assert torch.equal(mask.bool(), wanted) and loss.isfinite()
+        one, _, _ = model(images, mask=wanted[:1])                    # the first image's for all
+        close(one, model(images, mask=wanted[:1].expand(2, -1))[0])
     with pytest.raises(UserError):
-        model(images, mask=torch.rand(2, side * side) < torch.tensor([[0.3], [0.7]]))
+        model(images, mask=order < torch.tensor([[3], [4]]))
 
 
 def test_hiding_nothing_or_everything_is_an_error():
@@ -251,6 +249,18 @@ def test_mae_exports_with_a_free_batch_size_and_given_noise():
     close(traced(images=images, noise=noise), model(images, noise=noise))
 
 
+def test_mae_runs_in_onnx_with_a_free_batch_size(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, path, batch = tiny().eval(), str(tmp_path / "mae.onnx"), torch.export.Dim("B")
+    images, noise = torch.randn(5, 3, 16, 16), torch.rand(5, 16)
+    torch.onnx.export(
+        model, (images[:2],), path, kwargs=dict(noise=noise[:2]), input_names=["images", "noise"],
+        dynamic_shapes=dict(images={0: batch}, noise={0: batch}))
+    found = onnxruntime.InferenceSession(path).run(None, dict(images=images.numpy(), noise=noise.numpy()))
+    for one, wanted in zip(found, model(images, noise=noise), strict=True):
+        close(torch.from_numpy(one), wanted.detach(), 1e-4)
+
+
 @pytest.mark.parametrize("flags", [(), ("--checkpoint-blocks",)])
 def test_a_training_step_compiles_to_one_graph(flags, tmp_path):
     images, found = torch.randn(4, 3, 16, 16), []
@@ -276,11 +286,7 @@ def test_a_run_leaves_what_readme_promises(trained, cli):
         "reconstruction.png",
     ]
     *epochs, judged = log_of(trained)
-    assert [line["epoch"] for line in epochs] == [1, 2, 3] and [line["step"] for line in epochs] == [
-        8,
-        16,
-        24,
-    ]
+    assert [(line["epoch"], line["step"]) for line in epochs] == [(1, 8), (2, 16), (3, 24)]
     assert {"loss", "lr", "images_per_s", "seconds"} <= epochs[0].keys()
     assert epochs[-1]["loss"] < 0.9 * epochs[0]["loss"]
     assert epochs[-1]["val_loss"] == pytest.approx(epochs[-1]["loss"], rel=0.2)
@@ -393,11 +399,7 @@ def start(out, *flags, launch=("-c", HURRY), script=mae):
     )
 
 
-def torchrun():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+TORCHRUN = "-m torch.distributed.run --standalone --local-addr=127.0.0.1 --nproc_per_node=2".split()
 
 
 def wait_for(process, ready):
@@ -439,12 +441,11 @@ def test_a_run_in_bf16_resumes_in_fp16(tmp_path, cli):
     ("mae", []),
     ("automae", ["--masking", "random"]),
     ("mixedae", ["--epochs", 1]),
-    ("mra", ["--task", "augmentor"]),
 ])
 def test_two_processes_end_with_the_weights_of_one(name, flags, tmp_path):
     script = importlib.import_module(name)
     flags = [*map(str, [*MODEL, "--micro-batch", 4, *flags])]
-    process = start(tmp_path / "two", *flags, launch=torchrun(), script=script)
+    process = start(tmp_path / "two", *flags, launch=TORCHRUN, script=script)
     script.main(["--out", str(tmp_path / "one"), *flags])
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
@@ -454,8 +455,28 @@ def test_two_processes_end_with_the_weights_of_one(name, flags, tmp_path):
         close(tensors(saved(tmp_path / "two")[part]), tensors(saved(tmp_path / "one")[part]), 1e-3)
 
 
+def test_two_processes_train_automaes_generator(trained, tmp_path):
+    flags = [*MODEL, "--epochs", 1, "--prior", f"{trained}/last.pt"]
+    process = start(tmp_path, *flags, launch=TORCHRUN, script=importlib.import_module("automae"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert math.isfinite(log_of(tmp_path)[-1]["generator_loss"])
+
+
+def test_two_processes_train_mras_classifier_as_one_does(trained, tmp_path):
+    mra = importlib.import_module("mra")
+    flags = [*MODEL, "--micro-batch", 4, "--epochs", 1, "--labels", 6, "--lr", 3, "--augment", "mra"]
+    flags = [*map(str, flags), "--augmentor", f"{trained}/last.pt"]
+    process = start(tmp_path / "two", *flags, launch=TORCHRUN, script=mra)
+    mra.main(["--out", str(tmp_path / "one"), *flags])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    losses = [log_of(tmp_path / out)[0]["loss"] for out in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)     # accuracy may differ: BatchNorm's statistics
+
+
 def test_two_processes_stop_together(tmp_path):
-    process = start(tmp_path, *MODEL, "--epochs", 500, launch=torchrun())
+    process = start(tmp_path, *MODEL, "--epochs", 500, launch=TORCHRUN)
     wait_for(process, lambda: (tmp_path / "log.jsonl").exists())
     process.terminate()  # torchrun passes it on
     output, _ = process.communicate(timeout=60)
@@ -463,32 +484,15 @@ def test_two_processes_stop_together(tmp_path):
     assert 8 <= saved(tmp_path)["step"] < 4000
 
 
-@pytest.mark.parametrize("flags", [["--masking", "grid"], ["--task", "finetune", "--init", "TRAINED"]])
+@pytest.mark.parametrize("flags", ["--masking grid", "--task finetune --init {trained}/last.pt"])
 def test_accumulation_equals_the_large_batch(flags, trained, tmp_path):
     """With nothing random left: grid masks of even grids are fixed, all of each image is seen."""
-    flags = [f"{trained}/last.pt" if flag == "TRAINED" else flag for flag in flags]
+    flags = flags.format(trained=trained).split()
+    fixed = "--crop 1 --no-flip --drop-path 0 --epochs 1 --lr 1e-3".split()
     found = []
-    for micro in (8, 2):
-        mae.main(
-            [
-                "--out",
-                str(tmp_path / str(micro)),
-                *MODEL,
-                "--crop",
-                "1",
-                "--no-flip",
-                "--drop-path",
-                "0",
-                "--epochs",
-                "1",
-                "--lr",
-                "1e-3",
-                "--micro-batch",
-                str(micro),
-                *flags,
-            ]
-        )
-        found.append(saved(tmp_path / str(micro)))
+    for micro in ("8", "2"):
+        mae.main([*MODEL, *fixed, "--micro-batch", micro, "--out", str(tmp_path / micro), *flags])
+        found.append(saved(tmp_path / micro))
     close(found[0]["encoder"], found[1]["encoder"], 1e-4)
     assert not torch.equal(found[0]["encoder"]["cls_token"], saved(trained)["encoder"]["cls_token"])
     # AdamW's steps do not depend on the length of gradients, so look at their mean as well.
@@ -525,22 +529,21 @@ def test_half_precision_learns_as_well(precision, trained, tmp_path, cli):
     assert losses[0] == pytest.approx(losses[1], rel=0.05) and losses[0] != losses[1]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_in_one_line(tmp_path, cli):
-    code, _, errors = cli("--out", tmp_path, *MODEL, "--lr", 1e30, "--warmup", 0)
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_checkpoint(tmp_path, cli, monkeypatch):
+    assert cli("--out", tmp_path, *MODEL, "--epochs", 1)[0] == 0
+    before = (tmp_path / "last.pt").read_bytes()
+    monkeypatch.setattr(mae, "learning_rate", lambda *arguments: 1e30)
+    code, _, errors = cli("--out", tmp_path, "--resume", "--epochs", 2)
     assert code == 2 and errors.count("\n") == 1 and "loss" in errors
-    assert not (tmp_path / "last.pt").exists() or all(
-        tensor.isfinite().all() for tensor in tensors(saved(tmp_path))
-    )
+    assert (tmp_path / "last.pt").read_bytes() == before
 
 
 def test_init_goes_on_from_weights_also_without_a_decoder(trained, tmp_path, cli):
     state = saved(trained)
     torch.save(state["encoder"], tmp_path / "timm.pth")
     for init in (f"{trained}/last.pt", tmp_path / "timm.pth"):
-        assert (
-            cli("--out", tmp_path / "on", *MODEL, "--init", init, "--lr", 0, "--epochs", 2, "--overwrite")[0]
-            == 0
-        )
+        flags = [*MODEL, "--init", init, "--lr", 0, "--epochs", 2, "--overwrite"]
+        assert cli("--out", tmp_path / "on", *flags)[0] == 0
         close(saved(tmp_path / "on")["encoder"], state["encoder"], 0)
         if "last.pt" in str(init):  # validation: the same images and masks
             close(saved(tmp_path / "on")["decoder"], state["decoder"], 0)
@@ -609,11 +612,21 @@ def test_folders_without_classes_pretrain_and_are_no_task(folder, tmp_path, cli)
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-def test_features_are_the_class_token_or_the_mean_of_patches_alone(pool):
+def test_features_are_what_a_head_would_get(pool):
+    vit = ViT(16, 4, embed_dim=16, depth=2, num_heads=2, global_pool=pool)    # without a head
+    images = torch.randn(2, 3, 16, 16)
+    close(mae.extract_features(vit, images, pool), vit(images))
+
+
+def test_an_encoder_with_a_class_token_also_gives_the_mean_of_its_patches():
     vit, images = tiny().encoder, torch.randn(2, 3, 16, 16)
-    x = vit.norm(vit.blocks(vit.add_class_token(vit.embed(images))))
-    wanted = x[:, 0] if pool == "token" else sum(x.unbind(1)[1:]) / 16
-    close(mae.extract_features(vit, images, pool), wanted)
+    close(mae.extract_features(vit, images, "avg"), vit.feature_map(images).mean(dim=(2, 3)))
+
+
+def test_images_without_a_label_are_no_labelled_ones():
+    data = Images(torch.zeros(30, 3, 4, 4).byte(), [-1] * 10 + [0, 1] * 10, "ab")
+    ids = mae.labelled_ids(data, limit=12)
+    assert len(ids) == 12 and (data.targets[ids] >= 0).all()
 
 
 def test_a_run_that_learns_nothing_reports_what_an_untrained_encoder_has(trained, tmp_path, cli):
@@ -754,7 +767,7 @@ def test_classifiers_learn_and_their_best_checkpoint_keeps_its_accuracy(task, fl
         assert all(group["lr"] == pytest.approx(rate * group["lr_scale"]) for group in groups)
         assert "--train-blocks" in flags or len({group["lr_scale"] for group in groups}) == 6
 
-    # README's lines for images without labels. And a classifier of other classes is not evaluated.
+    # Its classes and normalisation are in the file. And a classifier of other classes is not evaluated.
     classifier, val = load_encoder(str(tmp_path / "run" / "best.pt")).eval(), Spy(60, seed=2)
     mean, std = torch.tensor([classifier.mean, classifier.std])[..., None, None]
     right = classifier((val.images - mean) / std).argmax(dim=1) == val.targets
@@ -821,20 +834,25 @@ def test_the_papers_augmentations_run_on_files(folder, trained, tmp_path, cli):
     assert cli("--out", tmp_path, *flags)[0] == 0
     assert math.isfinite(log_of(tmp_path)[0]["loss"]) and "top1" in log_of(tmp_path)[0]
 
+    # README's lines for images without labels.
+    model, paths = load_encoder(f"{tmp_path}/best.pt").eval(), [*folder.glob("val/*/*.png")]
+    prepare = v2.Compose([v2.ToDtype(torch.float32), v2.Normalize(model.mean, model.std)])
+    found = [model.classes[model(prepare(center_crop(read_image(path), model.img_size))[None]).argmax()]
+             for path in paths]
+    right = sum(name == path.parent.name for name, path in zip(found, paths)) / len(paths)
+    assert right == pytest.approx(saved(tmp_path, "best.pt")["top1"])
 
-@pytest.mark.parametrize("flags", [
-    "--mixup 0.8",
-    "--cutmix 1",
-    "--erasing 1",
-    "--randaugment 9",
-    "--label-smoothing 0.5",
-    "--drop-path 0.9",
-])
-def test_every_regulariser_changes_what_is_learned(flags, trained, tmp_path):
-    for out, more in (("with", flags.split()), ("without", [])):
-        judge("finetune", tmp_path / out, f"{trained}/last.pt", "--epochs", 1, "--drop-path", 0, *more)
-    one, two = (saved(tmp_path / out)["encoder"]["cls_token"] for out in ("with", "without"))
-    assert not torch.equal(one, two)
+
+def test_every_regulariser_changes_what_is_learned(trained, tmp_path):
+    found = {}
+    for flags in ("", "--mixup 0.8", "--cutmix 1", "--erasing 1", "--randaugment 9", "--label-smoothing 0.5",
+                  "--drop-path 0.9"):
+        out = tmp_path / f"run {flags}"
+        judge("finetune", out, f"{trained}/last.pt", "--epochs", 1, "--drop-path", 0, *flags.split())
+        found[flags] = saved(out)["encoder"]["cls_token"]
+    plain = found.pop("")
+    for flags, token in found.items():
+        assert not torch.equal(token, plain), flags
 
 
 def test_random_erasing_leaves_an_image_without_room_as_it_is():
@@ -940,7 +958,7 @@ def test_segmentation_learns_and_its_checkpoint_keeps_its_figures(head, epochs, 
     if head == "conv":
         return
     process = start(
-        tmp_path / "two", *flags, tmp_path / "run" / "best.pt", "--eval", "--overwrite", launch=torchrun())
+        tmp_path / "two", *flags, tmp_path / "run" / "best.pt", "--eval", "--overwrite", launch=TORCHRUN)
     assert process.wait() == 0
     assert log_of(tmp_path / "two")[-1]["mean_iou"] == pytest.approx(best["mean_iou"])
 
@@ -963,13 +981,14 @@ def test_maps_of_ones_own_and_two_channels_are_segmented(tmp_path, monkeypatch):
 @pytest.fixture
 def maps_folder(tmp_path):
     """ADE20K's layout: images of many sizes, and maps with the classes 1 to 3 and 0 for unknown."""
+    random = np.random.default_rng(0)
     for part, count in (("training", 6), ("validation", 3)):
         for kind in ("images", "annotations"):
             (tmp_path / "ade" / kind / part).mkdir(parents=True)
         for i in range(count):
             size = (40 + 9 * i, 33)
-            pixels = np.random.randint(0, 255, (*size, 3), np.uint8)
-            labels = np.random.randint(0, 4 if part == "training" else 3, size, np.uint8)
+            pixels = random.integers(0, 255, (*size, 3), np.uint8)
+            labels = random.integers(0, 4 if part == "training" else 3, size, np.uint8)
             Image.fromarray(pixels).save(tmp_path / "ade" / "images" / part / f"{i}.jpg")
             Image.fromarray(labels).save(tmp_path / "ade" / "annotations" / part / f"{i}.png")
     return tmp_path / "ade"
@@ -1200,7 +1219,13 @@ def test_bad_options_end_in_a_line(flags, tmp_path, cli):
     assert code == 2 and "Traceback" not in errors and "error" in errors.splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("name, lr", [("mae", 0.024), ("automae", 0.024), ("mixedae", 0.024), ("mra", 0.5)])
+def test_help_shows_the_defaults_for_these_data(name, lr, cli):
+    code, output, _ = cli("--help", script=importlib.import_module(name))
+    assert code == 0 and f"(MAE: 1.5e-4) (default: {lr})" in " ".join(output.split())
+
+
+@pytest.mark.skipif("SLOW" not in os.environ, reason="minutes of training: SLOW=1")
 def test_the_first_command_learns_features(tmp_path, cli):
     assert cli("--out", tmp_path)[0] == 0
     assert log_of(tmp_path)[-1]["linear_trained"] >= 0.55

@@ -166,16 +166,6 @@ def test_with_all_keys_it_is_plain_attention():
     assert not torch.allclose(homologous(4)[0](x), homologous(4)[1](x), atol=1e-3)
 
 
-def test_the_encoder_is_a_plain_vit():
-    encoder = tiny(dtype=torch.float32).encoder
-    plain = common.ViT(**encoder.config)
-    plain.load_state_dict(encoder.state_dict())                             # strict
-    for block in encoder.blocks:
-        block.attn.top_k = 16
-    images = draw_images(2, dtype=torch.float32)
-    torch.testing.assert_close(encoder(images), plain(images))
-
-
 # ----------------------------------------------------------------------------------------------------- losses
 
 @pytest.mark.parametrize("places, visible, temperature", [(12, 3, 0.25), (8, 4, 1.0), (6, 2, 0.25)])
@@ -357,3 +347,8 @@ def test_the_image_shows_each_images_places(finished, tmp_path, cli, monkeypatch
     kept = (cut["reconstruction"] - cut["image"]).abs().amax(dim=2) <= 1
     assert len(cut) == 5 and (shown.sum(dim=1) >= 4).all() and (shown.sum(dim=0) >= 1).all()
     assert (kept | ~shown).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_it_trains_in_16_bits(precision, tmp_path, cli):
+    assert cli(*RUN, "--epochs", 1, "--precision", precision, "--out", tmp_path)[0] == 0
