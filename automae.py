@@ -26,13 +26,13 @@ thread) and seed 3 (its own scenes; two threads):
     generator's probability, objects over background         4.5  3.2  3.4  2.6
     the same, for its mean map over a batch                  3.1  2.9  2.9  3.0
 
-The mean map only knows where objects tend to lie. So with seed 0 looking at the individual image helps; with
-the others the generator learns hardly more than where objects tend to lie. This depends on the prior: with
+The mean map knows only where objects tend to lie. So with seed 0 looking at the individual image helps; with
+the others the generator learns hardly more than that map. This depends on the prior: with
 seed 0 one head attends 13 times as much to objects as to background, with seeds 1 and 2 no head more than 2.1
 times. (Only seed 0's 4.5, 3.1 and 13 were measured after the patch embedding's order of summation changed.)
 
-The reconstruction's gradient changes next to nothing: before that change, the first ratio was 5.9, 3.2 and
-3.4 without it (seeds 0 to 2), and 6.0, 3.2 and 3.4 with it.
+The reconstruction's gradient changes next to nothing: without it the first ratio was 5.9, 3.2 and 3.4 (seeds
+0 to 2), with it 6.0, 3.2 and 3.4, all measured before that change of order.
 
 Features do not get better: a linear classifier on the mean patch token reaches 0.42, 0.40 and 0.43, with
 random masks (--masking random) 0.44, 0.40 and 0.42, with true boxes 0.21, 0.21 and 0.21, no better than
@@ -65,7 +65,7 @@ import argparse
 
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, label_objects,
-    learning_rate, load_encoder, number, parse_args, patchify, prepare_data, save_image_rows,
+    learning_rate, load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, say,
     shared_options, spread, to_pixels, training_plan, unpatchify)
 
 import torch
@@ -219,14 +219,14 @@ def load_prior(args, run, train, val):
     # Once AutoMAE itself has begun, its prior is complete. Before that, an unfinished prior is trained to its
     # end; a finished one is used as it is, unless --epochs has grown.
     if not args.prior and not run.resumes:
-        run.print(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
+        say(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
         run.clear("args.json")                                        # removes an older run from OUT
         options = vars(args) | dict(masking="random", out=out, resume=not args.overwrite)
         pretrain(argparse.Namespace(**options), train, val)
         if run.world > 1:                                             # until process 0 has written it
             dist.barrier()
     prior = load_encoder(path, img_size=args.size, in_chans=args.in_chans)
-    args.patch = prior.patch_size                                     # a hint for each patch
+    args.patch = prior.patch_size                                     # as the prior's: one hint a patch
     args.mean, args.std = prior.mean or args.mean, prior.std or args.std  # images as in its training
     prior.forward = prior.attention_map                               # prior(images) → (B, heads, N)
     return run.wrap(prior.eval().requires_grad_(False))
@@ -257,8 +257,9 @@ def pretrain(args, train=None, val=None):
     if args.masking in ("learned", "attention"):
         prior = load_prior(args, run, train, val)
     torch.manual_seed(args.seed)
-    vit_args = VITS[args.model] | dict(patch_size=args.patch)
-    encoder = encoder or ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
+    encoder = encoder or ViT(args.size, args.patch, args.in_chans, **VITS[args.model])
+    if prior and prior.grid != encoder.grid:
+        raise UserError("--init and --prior have patches of different sizes")
     decoder = Decoder(encoder, **args.decoder)
     args.vit = encoder.config
     if args.masking == "learned":
@@ -333,7 +334,7 @@ def pretrain(args, train=None, val=None):
         draw(model, prior, val or train, run)
     last = run.history[-1]
     if "static_ratio" in last:
-        run.print(
+        say(
             f"the generator's probability is {last['foreground_ratio']:.1f} times as high on objects as on "
             f"the rest; that of one map for all images, which knows only where they tend to lie: "
             f"{last['static_ratio']:.1f}")
@@ -346,7 +347,7 @@ def where_it_hides(model, hint, mask, objects):
     foreground = F.adaptive_avg_pool2d(objects.float(), model.encoder.grid).flatten(1)   # (B, N), parts of 1
 
     def means(values):
-        # 1e-6: perhaps no image has any.
+        # 1e-6: perhaps no image has an object.
         return [(values * part).sum() / (part.sum() + 1e-6) for part in (foreground, 1 - foreground)]
 
     found = {}

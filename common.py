@@ -28,8 +28,8 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from datetime import timedelta
 
-# OpenMP threads spin while they wait, and so starve other programs on a busy machine. A short spin costs an
-# idle machine no speed and nearly doubles that of a busy one. It has to be set before torch is imported.
+# OpenMP threads spin while they wait, and so starve other programs on a busy machine. With a short spin an
+# idle machine is as fast, and a busy one nearly twice as fast. It has to be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numpy as np
@@ -39,8 +39,9 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont                           # Pillow comes with torchvision
 from torch import distributed as dist
 from torch import nn
+from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -117,18 +118,18 @@ def gather_tokens(tokens, ids):
 
 # A ViT has `depth` blocks of `num_heads` heads each, and tokens of `embed_dim` numbers.
 
-def vit_size(embed_dim, depth, num_heads, patch_size=16):
-    return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads, patch_size=patch_size)
+def vit_size(embed_dim, depth, num_heads):
+    return dict(embed_dim=embed_dim, depth=depth, num_heads=num_heads)
 
 
 VITS = {
-    "nano": vit_size(128, 4, 4, patch_size=8),                        # for a laptop's CPU [not in the paper]
+    "nano": vit_size(128, 4, 4),                                      # for a laptop's CPU [not in the paper]
     "light": vit_size(384, 4, 6),                           # MRA's augmentor; its width is [not in the paper]
     "tiny": vit_size(192, 12, 3),
     "small": vit_size(384, 12, 6),
     "base": vit_size(768, 12, 12),                                    # the papers' ViT-B, ViT-L and ViT-H
     "large": vit_size(1024, 24, 16),
-    "huge": vit_size(1280, 32, 16, patch_size=14),
+    "huge": vit_size(1280, 32, 16),
 }
 
 
@@ -190,8 +191,8 @@ class Block(nn.Module):
 
 
 def init_weights(module):
-    """MAE's initialisation: Xavier-uniform for linear layers and for the patch projection, which is one,
-    too. Biases are zero. MAE's code leaves the projection's bias as PyTorch makes it [not in the paper]."""
+    """MAE's initialisation: Xavier-uniform for linear layers, of which the patch projection is one. Biases
+    are zero, the projection's too [not in the paper]; MAE's code leaves that one as PyTorch makes it."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
         nn.init.zeros_(module.bias)
@@ -292,8 +293,8 @@ class ViT(nn.Module):
         return last.attn.weights(last.norm1(x))[:, :, 0, 1:]
 
     def feature_map(self, images, last=1):
-        """images (B, C, H, W) → (B, last·D, h, w) for dense tasks: the patch tokens of the last blocks,
-        each after the final norm, stacked along the channels."""
+        """images (B, C, H, W) → (B, last·D, h, w) for dense tasks: the patch tokens of the `last` last
+        blocks, each after the final norm, stacked along the channels."""
         x = self.add_class_token(self.embed(images))
         maps = []
         for block in self.blocks:
@@ -422,7 +423,7 @@ def stored_grid(table, patch_size, saved, given):
         if places % rows == 0 and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-2):
             return grid
 
-    # A learned one is of the first of these sizes that has as many patches.
+    # A learned table does not: take the first of these sizes that has as many patches.
     for size in (saved, math.isqrt(places) * patch_size, given):
         if size and math.prod(to_pair(size)) == places * patch_size ** 2:
             return patch_grid(size, patch_size)
@@ -494,7 +495,7 @@ def load_encoder(path, img_size=None, **overrides):
         raise UserError(f"{path} is of another architecture: it also has {other}")
     state["pos_embed"] = resize_positions(state["pos_embed"], grid, encoder.grid)
     fill(encoder, state, path, optional=("head.", "norm.", "fc_norm."))
-    for name in ("classes", "mean", "std"):                           # timm's mean is of pixels from 0 to 1
+    for name in ("classes", "mean", "std"):                           # timm's are for pixels from 0 to 1
         setattr(encoder, name, args.get(name) if saved else None)
     encoder.norm_pixels = args.get("norm_pixels", args.get("norm_pix_loss"))  # the second is MAE's release
     return encoder
@@ -643,9 +644,9 @@ def label_objects(dataset):
 
 def read_image(path):
     """An image file of any kind that Pillow reads → uint8 (3, H, W). Grey, palette, transparent and CMYK
-    images become RGB. Grey files of more than 8 bits become float32 with every level kept, scaled so that
-    the file's largest value is 255. Raises OSError or another of Pillow's errors for a broken file or one of
-    more than 179 million pixels."""
+    images become RGB. Grey files of more than 8 bits become float32 with every level kept, times 255
+    over the file's largest value (at least 1). Raises OSError or another of Pillow's errors for a broken file
+    or one of more than 179 million pixels."""
     with Image.open(path) as image:
         if image.mode[0] in "IF":
             levels = torch.from_numpy(np.array(image, dtype=np.float32))
@@ -674,7 +675,7 @@ class ImageFolder(torchvision.datasets.DatasetFolder):
         self.classes = classes
         self.skipped = Counter()
         super().__init__(root, read_image, is_valid_file=self.keep, allow_empty=True)
-        say(f"{len(self)} images in {root}; files skipped: {dict(self.skipped)}")
+        say(f"{len(self)} images, {len(self.classes)} classes in {root}; files skipped: {dict(self.skipped)}")
         if not self.samples:
             raise UserError(f"there is no image in {root} or below it")
 
@@ -766,7 +767,7 @@ def prepare_data(args, run, train=None, val=None, opener=open_data):
     UserError if images and options do not fit."""
     if train is None:
         # One process of a machine opens the data before the others, because it may have to download them.
-        run.print(f"opening {args.data or 'scenes, drawn by this project'}")
+        say(f"opening {args.data or 'scenes, drawn by this project'}")
         if run.local_rank:
             dist.barrier()
         train, val = opener(args)
@@ -777,14 +778,15 @@ def prepare_data(args, run, train=None, val=None, opener=open_data):
     check_items(image, train, val)
     args.in_chans = len(image)
     choose_size(args, run, image)
-    run.print(f"images of {args.size[0]}×{args.size[1]} pixels in patches of {args.patch}×{args.patch}")
+    say(f"images of {args.size[0]}×{args.size[1]} pixels in patches of {args.patch}×{args.patch}")
     choose_mean_and_std(args, train, image)
 
-    # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
-    # of a small model. Maps (np.ndim(label) > 0) are not.
+    # Decoding a photo takes longer than a training step of a small model. So images that fit into memory are
+    # decoded once, if they are small or not cropped at random. Maps (np.ndim(label) > 0) are not.
     num_pixels = len(train) * math.prod(args.size)
     no_files = args.data is None or isinstance(train, Images)
-    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
+    large = args.crop < 1 and max(args.size) > 96 or num_pixels > 500_000_000
+    if no_files or large or np.ndim(label):
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
 
@@ -796,9 +798,8 @@ def check_items(image, train, val):
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
     if image.is_floating_point() and 0 < image.abs().max() < 20:
         raise UserError("a dataset has to give pixels from 0 to 255, not from 0 to 1 or normalised ones")
-    names = [getattr(part, "classes", None) for part in (train, val)]
-    names = [list(part) for part in names if part is not None and len(part)]
-    if len(names) == 2 and names[0] != names[1]:
+    names = [list(getattr(part, "classes", [])) for part in (train, val)]
+    if all(names) and names[0] != names[1]:
         raise UserError("the classes of the training and validation images differ in names or order")
 
 
@@ -809,7 +810,7 @@ def choose_size(args, run, image):
     sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
         sides = to_pair(min(*sides, 224 if run.on_gpu else 64))
-    if args.patch is None:                                            # 4 or 8 if at most 12 fit on a side
+    if args.patch is None:                                            # 4, else 8, if at most 12 fit on a side
         largest = 14 if args.model == "huge" else 16
         args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), largest)
     if args.size is None:
@@ -839,7 +840,7 @@ def choose_mean_and_std(args, train, image):
 def in_memory(dataset, run):
     """→ the images of a dataset at --size, in memory; at most --limit of them."""
     ids = spread(len(dataset), run.args.limit)
-    run.print(f"reading {len(ids)} images into memory")
+    say(f"reading {len(ids)} images into memory (fewer: --limit)")
     plan = ((part, 0) for part in ids.split(100))
     parts = file_batches(dataset, plan, run, view_transform(run.args, train=False))
     # Copies: what comes from a worker process keeps a file open, and there may be thousands of parts.
@@ -854,7 +855,7 @@ def spread(count, limit=None):
 
 
 def seed_for(*numbers):
-    """→ one seed made of several whole numbers, the same on every machine."""
+    """→ one seed made of several whole numbers, the same on every machine. Zeros at the end do not count."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -864,9 +865,10 @@ def training_plan(ids, run, times=1):
     Which images a step sees, and the seed of its random numbers, depend only on (--seed, step) and on the
     place in the global batch. So a run that was killed continues exactly, and two processes with the same
     micro-batches see together what one would see. An epoch is a new order of all ids; those at its end that
-    do not fill a batch are left out. times: a multiple of --batch, as FixMatch needs.
+    do not fill a batch are left out. times: a step sees that many times --batch images (FixMatch).
     """
-    size, order = run.micro_batch * times, None
+    size = run.micro_batch * times
+    order = None
     for step in range(run.step, run.total_steps):
         # All processes draw the same order, and each takes what is its own.
         epoch, step_in_epoch = divmod(step, run.steps_per_epoch)
@@ -929,7 +931,7 @@ def apply_transform(transform, images, labels):
 
 
 @dataclass
-class View(Dataset):
+class View:
     """A dataset seen through a transform: view[ids, seed] → images (b, C, H, W), labels (b,), seed. Random
     numbers for an image depend on the seed and its number alone, whichever worker process reads it. Images
     of 8 bits, uint8, and of 16, float32, make one batch of float32."""
@@ -984,7 +986,7 @@ def file_batches(dataset, plan, run, transform):
 
 
 def memory_batches(dataset, plan, run, transform):
-    """A dataset in memory moves to the device once, as uint8. For speed eight images are cropped at a time,
+    """First the whole dataset moves to the device, as uint8. For speed eight images are cropped at a time,
     all in the same way [not in the paper]."""
     tensors = [tensor.to(run.device) for tensor in dataset.tensors]   # images and targets
     for ids, seed in plan:
@@ -1069,14 +1071,8 @@ def decay_groups(model, weight_decay, lr_scale=lambda name: 1.0):
 def matrix_rate(device, dtype):
     """→ operations per second in products of two large matrices: what this GPU can do at best."""
     a = torch.randn(8192, 8192, device=device, dtype=dtype)
-    for _ in range(2):                                                # the first turn warms up
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(10):
-            a @ a
-        torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-    return 10 * 2 * len(a) ** 3 / seconds
+    seconds = Timer("a @ a", globals=dict(a=a)).timeit(10).mean       # it warms up, and waits for the GPU
+    return 2 * len(a) ** 3 / seconds
 
 
 class Run:
@@ -1087,10 +1083,10 @@ class Run:
     def __init__(self, args):
         self.args = args
         # A forgotten --out must not replace an older run: refuse at once.
-        there = any(os.path.exists(f"{args.out}/{name}") for name in ("args.json", "last.pt", "best.pt"))
+        holds_run = any(os.path.exists(f"{args.out}/{name}") for name in ("args.json", "last.pt", "best.pt"))
         self.may_replace = args.resume or args.overwrite
         self.resumes = args.resume and os.path.exists(f"{args.out}/last.pt")
-        if there and not self.may_replace:
+        if holds_run and not self.may_replace:
             raise UserError(
                 f"{args.out} holds a run: --resume continues it from last.pt, if there is one yet; "
                 f"--overwrite replaces it")
@@ -1142,8 +1138,6 @@ class Run:
                 f"--batch {args.batch} does not divide into {self.world} processes × {self.accumulate} "
                 f"micro-batches: change --batch or --micro-batch")
 
-    print = staticmethod(say)
-
     def wrap(self, model, *inputs):
         """Moves a model to the device, compiles it, and under torchrun wraps it in DDP, which averages
         gradients. inputs: what `forward` takes besides images; with them a GPU run logs "mfu" (model FLOPs
@@ -1157,8 +1151,8 @@ class Run:
             flops_per_image = 3 * counter.get_total_flops() / len(images)
             peak_flops = self.world * matrix_rate(self.device, self.matrix_dtype)
             self.peak_images_per_s = peak_flops / flops_per_image
-        # MixedAE's attention keeps its accuracy as an attribute: the compiler refuses that in a block that is
-        # computed twice, unless the second time may leave it out.
+        # MixedAE's attention stores its accuracy in an attribute. In a block that is computed twice, the
+        # compiler allows that only if the second pass may skip it.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for module in model.modules():
             # Keep only a block's input; the backward pass computes the rest once more.
@@ -1169,7 +1163,7 @@ class Run:
         # For a small model compiling takes longer than it saves. It needs Triton, which is not for Windows.
         triton = self.on_gpu and importlib.util.find_spec("triton")
         if self.args.compile or (self.args.compile is None and large and triton):
-            self.print("compiling: the first step takes about a minute")
+            say("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
         if self.world > 1 and learns:
             return nn.parallel.DistributedDataParallel(model)
@@ -1178,7 +1172,8 @@ class Run:
     def start(self, count=0, **parts):
         """Begins or, with --resume, continues a run that trains on `count` images. parts: the modules and
         optimizers that make up a checkpoint, OUT/last.pt. From here on the folder belongs to this run."""
-        args, self.parts = self.args, parts
+        args = self.args
+        self.parts = parts
         self.steps_per_epoch = max(1, count // args.batch)
         if args.epochs is None:                                       # the preset says how many steps
             args.epochs = math.ceil(args.updates / self.steps_per_epoch)
@@ -1191,7 +1186,7 @@ class Run:
         if self.resumes:
             saved = read_checkpoint(f"{args.out}/last.pt")
             try:
-                # `parse_args` compares more, but AutoMAE's prior and MRA's augmentor resume by themselves.
+                # AutoMAE's prior and MRA's augmentor resume without `parse_args`, which compares all options.
                 names = "data seed batch lr limit crop flip weight_decay norm_pixels".split()
                 if any(saved["args"].get(name) != vars(args).get(name) for name in names):
                     raise ValueError
@@ -1206,11 +1201,11 @@ class Run:
         if self.rank == 0:
             self.begin_folder()
         if count:
-            self.print(
+            say(
                 f"{count} images, {self.total_steps} steps of {args.batch} on {self.world} × {self.device}; "
                 f"peak learning rate --lr × batch / 256 = {args.lr * args.batch / 256:.2g}")
             if self.total_steps < 300:
-                self.print("fewer than 300 steps: enough for a try, too few to evaluate the method")
+                say("fewer than 300 steps: enough for a try, too few to evaluate the method")
 
     def begin_folder(self):
         """Removes what an older run left, and writes OUT/args.json: options, versions, device and commit."""
@@ -1264,7 +1259,7 @@ class Run:
                     os.fsync(file.fileno())
                 os.replace(f"{path}.part", path)
             except (OSError, RuntimeError) as error:
-                raise UserError(f"could not write {path}: {error}; a previous one is intact")
+                raise UserError(f"could not write {path} (disk full?): {error}; a previous one is intact")
 
     def should_evaluate(self, step, cost):
         """→ whether to evaluate `cost` images after this step: at the end of every epoch, or less often if an
@@ -1279,8 +1274,9 @@ class Run:
         def stop(number, frame):
             now = time.monotonic()
             if not self.signal:
-                self.signal, self.stopped_at = number, now
-                self.print("stopping after this step; Ctrl-C again stops at once, without saving")
+                self.signal = number
+                self.stopped_at = now
+                say("stopping after this step; Ctrl-C again stops at once, without saving")
             elif now > self.stopped_at + 1:                           # torchrun sends a Ctrl-C twice
                 raise KeyboardInterrupt
 
@@ -1288,7 +1284,8 @@ class Run:
         handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS
                     if signal.getsignal(number) != signal.SIG_IGN}
         self.printed_at = time.monotonic()
-        self.began, self.save_at = self.printed_at - self.seconds, self.printed_at + 30
+        self.began = self.printed_at - self.seconds
+        self.save_at = self.printed_at + 30
         try:
             while self.step < self.total_steps:
                 yield self.step
@@ -1319,7 +1316,7 @@ class Run:
             mean = value / (done * self.world)
             if self.world > 1:
                 dist.all_reduce(mean)
-                self.sums[name] = mean * done                         # a checkpoint is for all processes
+                self.sums[name] = mean * done                         # process 0 saves the mean of all
             means[name] = mean.tolist()
         if not math.isfinite(means["loss"]):
             raise UserError(
@@ -1344,7 +1341,7 @@ class Run:
         left = timedelta(seconds=round(seconds / self.step * (self.total_steps - self.step)))
         text = "  ".join(f"{name} {value:.5g}" for name, value in line.items() if not isinstance(value, list))
         if waited > 2 or stop or last:                              # not after every one of many short epochs
-            self.print(f"{text}  left {left}")
+            say(f"{text}  left {left}")
             self.printed_at = now
         if ends_epoch:
             self.write_log(**line)
@@ -1364,7 +1361,7 @@ class Run:
         if stop:
             if self.world > 1:                                        # torchrun ends all when one has ended
                 dist.barrier()
-            self.print(f"stopped and saved at step {self.step}: add --resume to the same command to go on")
+            say(f"stopped and saved at step {self.step}: add --resume to the same command to go on")
             raise SystemExit(128 + int(stop))                         # as the shell counts
 
 
@@ -1414,13 +1411,14 @@ def shared_options(description):
     add("--out", help="folder for checkpoints, log and images; left out: runs/SCRIPT")
     add("--init", help="checkpoint to start from: ours, MAE's, timm's, Hugging Face's (not in mra.py)")
     add("--model", choices=VITS, help="size of the encoder (MAE: base)")
-    add("--size", type=count, nargs="+", help="side in pixels, or height and width (MAE: 224)")
+    add("--size", type=count, nargs="+",
+        help="side in pixels, or height and width; None: the first image's, of a folder up to 64 (GPU: 224)")
     add("--patch", type=count, help="side of a patch in pixels; None: by the size (MAE: 16)")
-    add("--epochs", type=count, help="times every image is seen; None: by the number of steps (MAE: 800)")
+    add("--epochs", type=count, help="times every image is seen; None: some thousand steps in all (MAE: 800)")
     add("--batch", type=count, help="images per step, over all processes (MAE: 4096)")
     add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (MAE: 1.5e-4)")
     add("--warmup", type=amount, help="epochs of linear warm-up, at most 1/5 of all; None: 1/10 (MAE: 40)")
-    add("--limit", type=count, help="use only this many images, for a quick try")
+    add("--limit", type=count, help="use only this many images, for a quick try, with a small recipe")
     add("--seed", type=whole, default=0, help="decides weights, order, crops, masks and which scenes")
     add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
     add("--overwrite", action="store_true", help="replace the run in OUT")
@@ -1448,12 +1446,12 @@ MAY_CHANGE = {"resume", "overwrite", "out", "epochs", "device", "precision", "wo
 
 def kind_of_data(args):
     """→ "scenes", "small" or "imagenet": which defaults fit --data. A folder is small unless it has more than
-    50,000 images, with a median side of 100 pixels or more."""
+    50,000 images (or --limit), with a median side of 100 pixels or more."""
     if args.data is None:
         return "scenes"
     folders = os.walk(args.data, followlinks=True)
     files = (f"{folder}/{name}" for folder, _, names in folders for name in names)
-    paths = list(itertools.islice(filter(is_image, files), 50_001))
+    paths = list(itertools.islice(filter(is_image, files), args.limit or 50_001))
     sides = [0]
     for path in paths[::500]:
         with contextlib.suppress(Exception):                          # whatever Pillow says of it
@@ -1477,10 +1475,10 @@ def parse_args(parser, script, preset, arguments=None):
             out += "-eval"
 
     # The values that are not given on the command line. AutoMAE's prior and MRA's augmentor are trained
-    # first, in a folder inside OUT, and resume by themselves. Until then there is no OUT/last.pt.
+    # first, in a folder inside OUT, and resume by themselves. Until they are done there is no OUT/last.pt.
     folder = pathlib.Path(out)
-    first = (folder / "prior").exists() or (folder / "augmentor").exists()
-    resumes = args.resume and ((folder / "last.pt").exists() or not first)
+    trains_first = (folder / "prior").exists() or (folder / "augmentor").exists()
+    resumes = args.resume and ((folder / "last.pt").exists() or not trains_first)
     if resumes:
         values = read_checkpoint(f"{out}/last.pt")["args"]
     else:

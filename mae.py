@@ -26,8 +26,8 @@ frozen encoder's mean patch token has accuracy 0.61 (untrained encoder: 0.22, ch
 
 Details that matter
  1. Positions are added before patches are dropped. Afterwards nothing would say where a visible patch was.
- 2. Patches are chosen by ranking random numbers, so every image keeps exactly n = int(N · 0.25) of them: a
-    dense batch, without padding.
+ 2. Patches are chosen by ranking random numbers, so every image keeps exactly n = int(N · 0.25) of them,
+    rounded down as in MAE's code: a dense batch, without padding.
  3. The encoder never sees mask tokens. With them it is three times as slow, and worse: 84.2 instead of
     84.9 % accuracy, fine-tuned (table 1c).
  4. The loss is the mean over hidden patches only. Visible ones are easy to copy and teach nothing.
@@ -43,7 +43,7 @@ Details that matter
     uninterrupted one (on a GPU almost: its sums have no fixed order) [not in the paper]. OUT/last.pt is
     saved every 30 s, or less often if saving would take more than 2 % of the time. --resume continues from
     it; later steps are repeated. (Repeat --out and --task; all other options come from the checkpoint.)
-11. A fine-tuned classifier uses the mean of the patch tokens, behind a new norm. The linear probe uses the
+11. A fine-tuned classifier uses the mean of the patch tokens, then a new norm. The linear probe uses the
     class token, in the small presets the mean patch token [not in the paper].
 12. --task segment reads the last four blocks through one convolution, or with --head conv three
     [not in the paper]; the paper uses UperNet.
@@ -57,8 +57,8 @@ from dataclasses import dataclass
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, ImageFolder, Images, Run, UserError, ViT, batches, decay_groups, entry, fill,
     gather_tokens, is_image, labels_of, learning_rate, load_decoder, load_encoder, number, open_data,
-    parse_args, patchify, prepare_data, read_checkpoint, read_image, save_image_rows, shared_options, spread,
-    to_pixels, training_plan, unpatchify)
+    parse_args, patchify, prepare_data, read_checkpoint, read_image, save_image_rows, say, shared_options,
+    spread, to_pixels, training_plan, unpatchify)
 
 import numpy as np
 import torch
@@ -227,8 +227,7 @@ def prepare(args, run, train=None, val=None, **options):
     train, val = prepare_data(args, run, train, val, open_maps if args.task == "segment" else open_data)
     torch.manual_seed(args.seed)
     if args.init is None:
-        vit_args = VITS[args.model] | dict(patch_size=args.patch)
-        encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args, **options)
+        encoder = ViT(args.size, args.patch, args.in_chans, **VITS[args.model], **options)
     if encoder.in_chans != args.in_chans:
         raise UserError(f"the encoder takes {encoder.in_chans} channels, the images have {args.in_chans}")
     args.vit = encoder.config
@@ -242,18 +241,18 @@ def pretrain(args, train=None, val=None):
     `mae.pretrain(mae.parse(["--out", "runs/mine"]), train)`; size, mean and std are then taken from the data.
     """
     run = Run(args)
-    # num_classes=0 drops the head of a classifier.
+    # num_classes=0 drops the head of a classifier. With --init, --norm-pixels is not taken from the file.
     encoder, train, val = prepare(args, run, train, val, num_classes=0, global_pool="token")
     decoder = Decoder(encoder, **args.decoder)
     if args.init is not None:
         try:
             decoder = load_decoder(args.init, encoder)
         except UserError as error:
-            run.print(f"the decoder starts anew: {error}")
+            say(f"the decoder starts anew: {error}")
     args.decoder = decoder.config
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
-    # Moves the model to the device, compiles it if it is large, and adds DDP under torchrun. With the other
-    # arguments of `forward` it also measures how well a GPU is used.
+    # Moves the model to the device, compiles it if it is large, and adds DDP under torchrun. Given the other
+    # arguments of `forward`, here mask_ratio, it also measures how well a GPU is used.
     wrapped = run.wrap(model, args.mask_ratio)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
@@ -332,22 +331,20 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)
     order = order[labels[order] >= 0][:limit]
-    classes = labels[order].unique()
+    classes, counts = labels[order].unique(return_counts=True)
     if len(classes) < 2:
         raise UserError("this needs labelled images of two or more classes, in train/CLASS and val/CLASS, "
                         "without images beside these folders")
     if per_class:
+        if counts.min() < per_class:
+            raise UserError(f"--labels {per_class}: a class has only {counts.min()} images among --limit")
         order = torch.cat([order[labels[order] == k][:per_class] for k in classes])
-        if len(order) < per_class * len(classes):
-            raise UserError(f"--labels {per_class}: a class has fewer images, or --limit leaves fewer")
     return order
 
 
 def class_names(dataset):
     """→ the names of a dataset's classes; of a dataset without names their numbers."""
-    names = getattr(dataset, "classes", None)
-    if names is None or not len(names):
-        names = range(int(labels_of(dataset).max()) + 1)
+    names = list(getattr(dataset, "classes", [])) or range(int(labels_of(dataset).max()) + 1)
     return [str(name) for name in names]
 
 
@@ -369,7 +366,8 @@ def extract_features(encoder, images, pool):
 def knn(features, labels, queries, num_classes, k=20, temperature=0.07):
     """features (M, D), labels (M,), queries (Q, D) → scores (Q, num_classes): a vote of the k nearest by
     cosine, each with weight exp(cosine / temperature) [not in the paper]."""
-    features, scores = F.normalize(features).T, []                    # (D, M)
+    features = F.normalize(features).T                                # (D, M)
+    scores = []
     for part in F.normalize(queries).split(250):                      # all Q × M cosines might not fit
         similarity, nearest = (part @ features).topk(min(k, len(labels)))
         votes = torch.zeros(len(part), num_classes, device=part.device)
@@ -419,12 +417,12 @@ def report(encoder, train, val, run):
         val_ids = labelled_ids(val, args.limit or 3000)
         ids = labelled_ids(train, args.limit or 6000)
     except UserError:
-        return run.print("the data have no labels, or no validation images: the features are not evaluated")
+        return say("the data have no labels, or no validation images: the features are not evaluated")
     torch.manual_seed(args.seed)
     untrained = ViT(**encoder.config).to(run.device)
     after, before = [feature_accuracy(linear, vit, train, ids, val, val_ids, run)
                      for vit in (encoder, untrained)]
-    run.print(f"a linear classifier on the frozen features of {len(ids)} images: accuracy {after:.3f}, "
+    say(f"a linear classifier on the frozen features of {len(ids)} images: accuracy {after:.3f}, "
               f"an untrained encoder's {before:.3f}, by chance {1 / len(class_names(train)):.3f}")
     run.write_log(step=run.step, linear_trained=after, linear_untrained=before)
 
@@ -504,7 +502,9 @@ def evaluate(model, dataset, ids, run):
     is_segmenter = isinstance(model, Segmenter)
     # `.forward` skips torch.compile, which would compile anew for each batch size.
     predict = model.eval().forward
-    transform, batch_size, k = None, 100, min(5, num_classes)
+    transform = None
+    batch_size = 100
+    k = min(5, num_classes)
     if is_segmenter:
         # `predict` resizes images itself, so they are not cropped. Files differ in size and form no batch.
         predict = model.predict
@@ -544,7 +544,7 @@ def finish(run, result):
     texts = [f"{name} {value:.4f}" for name, value in result.items() if name != "class_iou"]
     if "top1" in result:
         texts.append(f"by chance {1 / len(run.args.classes):.4f}")
-    run.print(f"{run.args.task}: {', '.join(texts)}")
+    say(f"{run.args.task}: {', '.join(texts)}")
     run.write_log(step=run.step, task=run.args.task, **result)
 
 
@@ -626,7 +626,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
 def classify(args, train=None, val=None):
     """--task probe and finetune: trains a classifier on an encoder, or from scratch; with --eval only
     evaluates the one in --init. --task knn: a vote of the 20 nearest training images, by the features of the
-    frozen encoder. train, val: datasets of your own, as for `pretrain`."""
+    frozen encoder. train, val: datasets of your own, as for `pretrain`; each class of val occurs in train."""
     run = Run(args)
     options = dict(global_pool=args.pool, drop_path_rate=args.drop_path)
     if args.eval or args.task == "knn":
@@ -727,8 +727,8 @@ def open_maps(args):
 
 class Segmenter(nn.Module):
     """An encoder that gives every pixel a class: images (B, C, H, W) → scores (B, K, H, W). head "linear":
-    the patch tokens of the last four blocks go through one 1×1 convolution, and the encoder is frozen.
-    "conv": two up-convolutions come first, and everything but positions is fine-tuned."""
+    the patch tokens of the last four blocks go through BatchNorm and one 1×1 convolution, and the encoder is
+    frozen. "conv": two up-convolutions lie between, and everything but positions is fine-tuned."""
 
     def __init__(self, encoder, num_classes, head):
         super().__init__()
@@ -788,9 +788,8 @@ def segment(args, train=None, val=None):
     --init. train, val: datasets of your own, whose label is a map (H, W), with `classes`. Raises UserError if
     the one in --init is for other classes."""
     run = Run(args)
-    # `feature_map` needs neither the head nor the pooling of a classifier.
-    encoder, train, val = prepare(
-        args, run, train, val, num_classes=0, global_pool="token", drop_path_rate=args.drop_path)
+    # `feature_map` does not need the head of a classifier.
+    encoder, train, val = prepare(args, run, train, val, num_classes=0, drop_path_rate=args.drop_path)
     if val is None:
         raise UserError("--task segment needs validation images with maps")
     args.classes = [str(name) for name in train.classes]
@@ -846,9 +845,9 @@ TASKS = {
 # "imagenet" is the paper's recipe (appendix A.1), except that fine-tuning follows the authors' FINETUNE.md,
 # with another learning rate, layer decay, drop path and random erasing. Training from scratch uses the same
 # values [not in the paper]; the paper trains longer, and differently. The probe's BatchNorm sees 512 images.
-# Its crops are torchvision's: one that does not fit is drawn again [not in the paper]; the authors' code
-# clips it. "scenes" is for scenes and all small data and takes minutes on a CPU [not in the paper]; `updates`
-# is the number of steps, unless `epochs` is set.
+# The probe's crops are torchvision's: one that does not fit is drawn again [not in the paper]; the authors'
+# code clips it. "scenes" is for scenes and all small data and takes minutes on a CPU [not in the paper];
+# `updates` is the number of steps, unless `epochs` is set.
 PRESETS = {
     "scenes": dict(
         model="nano",

@@ -55,14 +55,14 @@ Details that matter
    output through a projection head of two layers, which is thrown away [not in the paper]. Without it, the
    loss would act on the very tokens that a probe reads.
 9. topk_accuracy leaves the query itself out: a query that chooses itself has found nothing.
-10. The images of a group are different ones, in random order [not in the paper].
+10. The images of a group are different ones if there are enough, in random order [not in the paper].
 """
 
 import argparse
 
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Attention, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, learning_rate,
-    load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, shared_options, spread,
+    load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, say, shared_options, spread,
     to_pixels, training_plan, unpatchify)
 
 import torch
@@ -178,7 +178,7 @@ class MixedAE(nn.Module):
         if self.num_patches % members or self.visible < 2:
             raise UserError(
                 f"{self.num_patches} patches are too few for {members} images, or do not divide among them: "
-                f"see --size and --mix-ratio")
+                f"try --size 64, or another --mix-ratio")
 
         # A vector for each member of a group (detail 6). A name that ends in _token is spared weight decay.
         width = encoder.embed_dim                                     # D
@@ -262,8 +262,7 @@ def pretrain(args, train=None, val=None):
         encoder = load_encoder(
             args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
     else:
-        vit_args = VITS[args.model] | dict(patch_size=args.patch)
-        encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
+        encoder = ViT(args.size, args.patch, args.in_chans, **VITS[args.model])
     decoder = Decoder(encoder, **args.decoder)
     args.vit = encoder.config
     model = MixedAE(
@@ -275,7 +274,7 @@ def pretrain(args, train=None, val=None):
         args.segments,
         args.homologous_attention,
         args.contrastive_weight)
-    # To the device; compiled; DDP. With the other arguments of `forward`, here noise=None, `wrap` also
+    # To the device; compiled; DDP. Given the other arguments of `forward`, here noise=None, `wrap` also
     # measures how well a GPU is used.
     wrapped = run.wrap(model, None)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
@@ -310,7 +309,7 @@ def pretrain(args, train=None, val=None):
         draw(model, val or train, run)
     best = max(run.history[-1]["topk_accuracy"])
     chance = (model.visible - 1) / (model.num_patches - 1)
-    run.print(
+    say(
         f"in the best block {best:.2f} of the chosen keys come from the same image, by chance {chance:.2f}")
 
 

@@ -51,7 +51,7 @@ Details that matter
  5. MRA works after crop and flip, on the device, on many images at once, without gradients.
  6. The augmentor in OUT/augmentor is trained on the crops it will paint: the same --crop [not in the paper].
     Of small data it sees 60,000 images, rounded up to whole epochs: little for photographs. --task
-    augmentor --epochs 20 trains longer, and --augmentor PATH takes the result.
+    augmentor with more --epochs trains longer, and --augmentor PATH takes the result.
  7. Nothing in the loss ties the class token's attention to the object. Some heads attend to objects, others
     to the background, or to the same places in every image (as on CIFAR-10), and in a small augmentor their
     mean may prefer the background: then "low" hides the object. If the data have maps of their objects, the
@@ -67,7 +67,7 @@ import copy
 from common import (                                                  # before torch: it sets how threads wait
     VITS, Decoder, ImageFolder, Run, Scenes, UserError, ViT, batches, decay_groups, entry, gather_tokens,
     label_objects, labels_of, learning_rate, load_decoder, load_encoder, number, parse_args, patchify,
-    prepare_data, read_checkpoint, save_image_rows, shared_options, spread, to_pixels, training_plan,
+    prepare_data, read_checkpoint, save_image_rows, say, shared_options, spread, to_pixels, training_plan,
     unpatchify)
 
 import torch
@@ -88,9 +88,10 @@ STRATEGIES = {
 }
 
 
-def hide(noise, visible):
-    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image the `visible`
-    patches with the lowest noise are kept. mask is 1 where a patch is hidden."""
+def hide(noise, mask_ratio):
+    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image this part of the
+    patches is hidden, those with the highest noise. mask is 1 where a patch is hidden."""
+    visible = int(noise.shape[1] * (1 - mask_ratio))                  # n
     # argsort by noise shuffles the patches, visible ones first. The argsort of a permutation is its inverse:
     # ids_restore[i] is the place of patch i in the shuffled order. Without it predictions could not be put in
     # their places.
@@ -117,8 +118,7 @@ class Autoencoder(nn.Module):
         tokens = self.encoder.embed(images)                           # (B, N, D)
         if noise is None:
             noise = torch.rand(tokens.shape[:2], device=images.device)
-        visible = int(tokens.shape[1] * (1 - mask_ratio))
-        ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
+        ids_keep, ids_restore, mask = hide(noise, mask_ratio)         # (B, n), (B, N), (B, N)
         latent = self.encoder.encode(gather_tokens(tokens, ids_keep))  # (B, 1+n, D), class token first
         prediction = self.decoder(latent, ids_restore)                # (B, N, P·P·C)
 
@@ -208,7 +208,7 @@ class MRA(nn.Module):
         """images (B, C, H, W) → the same with hidden patches in the mean colour, not painted, for --task
         occlusion."""
         noise = STRATEGIES[self.mask_strategy](self.attention(images))  # (B, N)
-        _, _, mask = hide(noise, int(noise.shape[1] * (1 - self.mask_ratio)))
+        _, _, mask = hide(noise, self.mask_ratio)
         return torch.where(self.per_pixel(mask) > 0, 0.0, images)
 
 
@@ -260,8 +260,7 @@ def pretrain(args, train=None, val=None):
     run = Run(args)
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
-    vit_args = VITS[args.model] | dict(patch_size=args.patch)
-    encoder = ViT(img_size=args.size, in_chans=args.in_chans, **vit_args)
+    encoder = ViT(args.size, args.patch, args.in_chans, **VITS[args.model])
     # Half as wide as the encoder, and of two blocks [not in the paper].
     decoder = Decoder(encoder, encoder.embed_dim // 2, 2, encoder.num_heads)
     args.vit, args.decoder = encoder.config, decoder.config
@@ -302,20 +301,20 @@ def draw(mra, dataset, run):
         rows[f"{case}: augmented"] = torch.where(hidden, painted, images)
         if labels.ndim == 3:                                          # maps of the objects
             kept[case] = 1 - hidden[:, 0][labels > 0].float().mean().item()
-            run.print(f"{case} hidden: {kept[case]:.2f} of the objects stays visible")
+            say(f"{case} hidden: {kept[case]:.2f} of the objects stays visible")
     save_image_rows(f"{args.out}/augmentation.png", {
         title: to_pixels(view[:10], args) for title, view in rows.items()})
     if kept:
         run.write_log(object_kept=kept)
         low, random, _, mean_map = kept.values()
         if low < max(random, mean_map):
-            run.print("attention keeps no more of the objects than chance, or than one map for all images: "
+            say("attention keeps no more of the objects than chance, or than one map for all images: "
                       "train the augmentor longer, or with another --seed")
 
 
 def run_in_folder(function, args, folder, train, val, **overrides):
     """Calls a training function in OUT/folder, with some options replaced → what it returns. An interrupted
-    run resumes, a finished one is only evaluated again; --overwrite without --resume starts over."""
+    run resumes, a finished one is only evaluated or drawn again; --overwrite without --resume starts over."""
     options = argparse.Namespace(**(vars(args) | overrides))
     options.out = f"{args.out}/{folder}"
     options.resume = args.resume or not args.overwrite
@@ -328,7 +327,7 @@ def run_in_folder(function, args, folder, train, val, **overrides):
 def make_augmentor(args, run, train, val):
     """→ the MRA of --augmentor, or of one that is trained on these data, in OUT/augmentor."""
     if args.augmentor is None:
-        run.print(f"the augmentor comes first, in {args.out}/augmentor")
+        say(f"the augmentor comes first, in {args.out}/augmentor")
         run.clear("args.json")                                        # removes an older run from OUT
         run_in_folder(pretrain, args, "augmentor", train, val, **args.recipe)
         args.augmentor = f"{args.out}/augmentor/last.pt"
@@ -358,10 +357,10 @@ def labelled_ids(dataset, classes, limit=None, labels=None, imbalance=1):
     for k in range(classes):
         members = candidates[targets[candidates] == k][:labels]
         if labels and len(members) < labels:
-            raise UserError(f"--labels {labels}: class number {k} has {len(members)} images")
+            raise UserError(f"--labels {labels}: class number {k}, counted from 0, has {len(members)} images")
         # A long tail, as most papers cut it: class k keeps the part imbalance^(−k/(classes−1)) of its images,
-        # at least one. So the first class has `imbalance` times as many as the last. The 1e-9 is for
-        # rounding: a part that is 9.999… by rounding errors must become 10.
+        # at least one. If classes are equally large, the first has `imbalance` times as many as the last. The
+        # 1e-9 is for rounding: a part that is 9.999… by rounding errors must become 10.
         part = imbalance ** (-k / (classes - 1))
         ids.append(members[:max(1, int(len(members) * part + 1e-9))])
     return torch.cat(ids)
@@ -372,7 +371,7 @@ def by_size(accuracy, counts):
     images (over 100), medium, and few (under 20), as papers on long tails report it."""
     groups = {"many": counts > 100, "medium": (counts >= 20) & (counts <= 100), "few": counts < 20}
     return {
-        f"{name}_shot": accuracy[group].mean().item()
+        f"{name}_shot": accuracy[group].nanmean().item()
         for name, group in groups.items()
         if group.any()
     }
@@ -404,8 +403,8 @@ def fixmatch_loss(weak, strong, threshold=0.95):
     """Scores of two views (B, K) → loss (), part of the images that count (). Where the classifier is
     sure of the weak view, the class it finds there is the target for the strong view (FixMatch,
     2001.07685, equation 4; its threshold)."""
-    confidence, pseudo_labels = weak.detach().softmax(-1).max(-1)
-    sure = (confidence >= threshold).float()
+    confidence, pseudo_labels = weak.softmax(-1).max(-1)
+    sure = (confidence >= threshold).float()                          # a comparison passes no gradient
     errors = F.cross_entropy(strong, pseudo_labels, reduction="none")
     return (errors * sure).mean(), sure.mean()                        # detail 9
 
@@ -434,22 +433,23 @@ def classify(args, train=None, val=None):
     if fewshot:
         classes -= args.held_out or max(WAYS, classes // 2)
         if classes < 2 <= args.num_classes:
-            raise UserError(f"--held-out: {classes} of {args.num_classes} classes would be left to train on")
+            raise UserError(f"--held-out: {classes} of {args.num_classes} classes would be left to train on "
+                            f"(by default half are held out, at least {WAYS})")
     torch.manual_seed(args.seed)
     ids = labelled_ids(train, classes, args.limit, args.labels, args.imbalance)
     val_ids = labelled_ids(val, classes, args.limit)
     if fewshot:                                                       # too few? say so before training
         labels = labels_of(val)
         episodes(labels[labels >= classes], WAYS, 5, count=1)
-    # On scenes, MRA is evaluated even if it is not trained with, but not in episodes.
+    # On scenes or with --augmentor, MRA is evaluated even if it is not trained with, but not in episodes.
     needed = "mra" in args.augment or not fewshot and (args.augmentor or isinstance(train, Scenes))
     mra = make_augmentor(args, run, train, val) if needed else None
     rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
 
     torch.manual_seed(args.seed)
     model = new_classifier(args)
-    average = copy.deepcopy(model).to(run.device) if semi else model  # what is evaluated
     wrapped = run.wrap(model)
+    average = copy.deepcopy(model) if semi else model                 # what is evaluated
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
 
     all_ids = spread(len(train), args.limit)
@@ -511,8 +511,8 @@ def classify(args, train=None, val=None):
         # strength and without Cutout [not in the paper].
         rest = [name for name in args.augment if name != "mra"] or ["randaugment" if semi else "none"]
         result["top1_without_mra"] = run_in_folder(classify, args, "baseline", train, val, augment=rest)
-    run.print(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:")
-    run.print(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    say(f"{args.task}, --augment {' '.join(args.augment)}, accuracy by chance {1 / classes:.3f}:")
+    say(", ".join(f"{name} {value:.3f}" for name, value in result.items()))
     run.write_log(step=run.step, task=args.task, **result)
     return result["top1"]
 
@@ -534,7 +534,7 @@ def evaluate(model, dataset, ids, run, transform=lambda images: images):
     if run.world > 1:
         dist.all_reduce(totals)
     top1, confidence, _ = (totals.sum(1) / len(ids)).tolist()
-    return dict(top1=top1, confidence=confidence), (totals[0] / totals[2].clamp(1)).cpu()
+    return dict(top1=top1, confidence=confidence), (totals[0] / totals[2]).cpu()
 
 
 WAYS = 5                                              # classes of an episode, as in most papers on few labels
@@ -568,8 +568,6 @@ def evaluate_episodes(model, mra, dataset, first, run):
     """→ mean accuracy of 600 episodes and half its 95 % interval, with one labelled image of each class and
     with five; top1 is the accuracy with five. The classes are those from `first` on, which the classifier
     was not trained on."""
-    args = run.args
-
     # Features are what the last linear layer receives.
     *_, last = (path for path, layer in model.named_modules() if isinstance(layer, nn.Linear))
     model.eval().set_submodule(last, nn.Identity())
@@ -579,16 +577,16 @@ def evaluate_episodes(model, mra, dataset, first, run):
 
     # With MRA every support image is joined by one augmented version [not in the paper].
     features = []
-    for images, _ in batches(dataset, [(part, args.seed) for part in ids.split(250)], run):
+    for images, _ in batches(dataset, [(part, run.args.seed) for part in ids.split(250)], run):
         views = [images]
-        if "mra" in args.augment:
+        if mra:
             views.append(mra.forward(images))
         features.append(torch.stack([F.normalize(model.forward(view)).cpu() for view in views], 1))
     features = torch.cat(features)                                    # (M, 1 or 2 views, D)
 
     result = {}
     for shots in (1, 5):
-        torch.manual_seed(args.seed)                                  # the same episodes for all classifiers
+        torch.manual_seed(run.args.seed)                              # the same episodes for all classifiers
         support, query = episodes(labels, WAYS, shots)
         # (E, ways, shots · views, D) and (E, ways, queries, D) → (E,)
         accuracy = nearest_centroid(features[support].flatten(2, 3), features[query, 0])
@@ -625,7 +623,7 @@ def occlusion(args, train=None, val=None):
                 mra.mask_ratio = tenth / 10
                 result, _ = evaluate(model, val, val_ids, run, mra.drop)
                 curve.append(round(result["top1"], 4))
-            run.print(f"{path}, {strategy}, 0 … 90 % dropped: {curve}")
+            say(f"{path}, {strategy}, 0 … 90 % dropped: {curve}")
             run.write_log(task=args.task, compare=path, strategy=strategy, accuracy=curve)
 
 
@@ -684,7 +682,8 @@ def options():
         help="fraction of patches to paint (paper: 0.4 [from memory])")
     add("--mask-strategy", choices=STRATEGIES, default="low",
         help="hide patches of low or high attention, or any (paper: low)")
-    add("--apply", type=fraction, default=1.0, help="probability that MRA paints an image")
+    add("--apply", type=fraction, default=1.0,
+        help="probability that MRA paints an image (1 is [not in the paper])")
     add("--augmentor", help="a masked autoencoder's checkpoint; left out: one is trained in OUT/augmentor")
     add("--augment", nargs="+", choices=("none", "mra", "cutout", "cutmix", "mixup", "randaugment"),
         default=["mra"], help="for training images, one or several (default for scenes, supervised: none)")

@@ -59,9 +59,12 @@ class FullMAE(mae.MAE):
         return self.loss(images, prediction, mask), prediction, mask
 
 
+PATCH = {"huge": 14}
+
+
 def build(name, kind=mae.MAE, **decoder):
     """→ a masked autoencoder for images of 224 pixels with the paper's decoder, or another one."""
-    encoder = common.ViT(**common.VITS[name])
+    encoder = common.ViT(patch_size=PATCH.get(name, 16), **common.VITS[name])
     return kind(encoder, common.Decoder(encoder, **decoder))
 
 
@@ -74,7 +77,7 @@ def vitmae(name):
         num_hidden_layers=size["depth"],
         num_attention_heads=size["num_heads"],
         intermediate_size=4 * size["embed_dim"],
-        patch_size=size["patch_size"],
+        patch_size=PATCH.get(name, 16),
         norm_pix_loss=True,
     ))
 

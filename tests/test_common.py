@@ -668,7 +668,7 @@ def test_a_folder_of_broken_images_is_refused(tmp_path):
         opened(tmp_path / "out", "--data", tmp_path)
 
 
-LARGE = ["--size", 112]  # images of 96 pixels or less are read into memory at the start
+LARGE = ["--size", 112, "--crop", 0.9]  # too large to be read into memory at the start
 
 
 def write_image(path, colour=100, size=(20, 24), mode="RGB"):
@@ -1148,10 +1148,9 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path, monkeypatch):
 
         flush = write
 
-    run = run_of(tmp_path)
     monkeypatch.setattr(sys, "stdout", Closed())
-    run.print("nobody reads this")
-    run.print("nor this")
+    common.say("nobody reads this")
+    common.say("nor this")
 
 
 def test_presets_go_by_number_and_size_of_images(tmp_path):
