@@ -1,6 +1,7 @@
 """What all test files share: where the scripts are, one thread, and the fixture `cli`."""
 
 import importlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ sys.path.insert(0, str(ROOT))
 # Machines are shared, and sums come out alike, also in subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+
+
+def log_of(out):
+    """→ the lines of a run's log.jsonl."""
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)

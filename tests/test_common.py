@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +26,6 @@ from common import (
     ViT,
     batches,
     decay_groups,
-    gather_tokens,
     labels_of,
     learning_rate,
     load_decoder,
@@ -47,7 +45,6 @@ from common import (
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
 from PIL import Image
 
@@ -88,8 +85,6 @@ def test_patches_equal_a_slow_loop_and_go_back(channels, height, width, patch):
 def test_sizes_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="8, 16"):                      # as many patches, in another grid
         ViT((16, 8), 4, embed_dim=8, depth=1, num_heads=2)(torch.randn(1, 3, 8, 16))
-    with pytest.raises(RuntimeError):
-        patchify(torch.zeros(1, 3, 10, 8), 4)
     with pytest.raises(UserError):
         ViT((8, 10), 4, embed_dim=16, depth=1, num_heads=2)
     with pytest.raises(UserError):
@@ -108,20 +103,12 @@ def test_positions_follow_the_formula(dim, rows, columns):
     close(sincos_positions(dim, (rows, columns)), torch.tensor(slow), 1e-6)
 
 
-def test_gather_tokens_chooses_for_each_image():
-    tokens, ids = torch.randn(3, 6, 4), torch.tensor([[5, 0], [1, 1], [2, 4]])
-    slow = torch.stack([torch.stack([tokens[b, i] for i in row]) for b, row in enumerate(ids.tolist())])
-    assert torch.equal(gather_tokens(tokens, ids), slow)
-
-
 # ------------------------------------------------------------------------------------------------ transformer
 
 
-def test_attention_weights_sum_to_one_and_give_the_fused_output():
+def test_attention_weights_give_the_fused_output():
     attention, x = shake(common.Attention(24, 3)), torch.randn(2, 7, 24)
     weights = attention.weights(x)
-    assert weights.shape == (2, 3, 7, 7)
-    close(weights.sum(dim=-1), torch.ones(2, 3, 7))
     # Head by head, with the rows of the qkv layer that belong to it.
     value = (x @ attention.qkv.weight[48:].T + attention.qkv.bias[48:]).unflatten(2, (3, 8))
     heads = [weights[:, k] @ value[:, :, k] for k in range(3)]
@@ -150,6 +137,9 @@ def test_vit_equals_timms_with_the_same_arguments(pool, size, channels):
         wanted = theirs.forward_intermediates(images, indices=2, norm=True, intermediates_only=True)
         close(vit.feature_map(images, last=2), torch.cat(wanted, dim=1))
         close(vit.feature_map(images), wanted[-1])
+    else:
+        tokens = theirs.forward_features(images)[:, 1:]
+        close(vit.feature_map(images).flatten(2).mT, theirs.fc_norm(tokens))
 
 
 def test_a_new_vit_has_the_papers_initialisation():
@@ -165,46 +155,22 @@ def test_a_new_vit_has_the_papers_initialisation():
 
 
 def test_drop_path_drops_whole_images_more_in_deeper_blocks_and_never_in_evaluation():
-    timm = pytest.importorskip("timm")
     vit = shake(ViT(8, 4, embed_dim=16, depth=3, num_heads=2, drop_path_rate=0.4))
-    theirs = timm.models.vision_transformer.VisionTransformer(**vit.config)
     x = torch.randn(1, 5, 16).expand(2000, -1, -1)
-    for block, other in zip(vit.blocks, theirs.blocks):
+    for block, rate in zip(vit.blocks, (0.0, 0.2, 0.4)):
         plain = block.eval()(x)
         assert torch.equal(plain[0], plain[-1])
-        rate = getattr(other.drop_path1, "drop_prob", 0.0)
         with torch.no_grad():
             both = (block.train()(x) == x).flatten(1).all(dim=1).float().mean().item()
         assert both == pytest.approx(rate**2, abs=5 * math.sqrt(rate**2 / 2000))
-    # With one branch silent, what stays is scaled up, so that the mean is that of evaluation.
-    block.mlp.fc2.weight.data.zero_()
-    block.mlp.fc2.bias.data.zero_()
-    change = (block(x).mean(dim=0) - x[0]) / (block.eval()(x)[0] - x[0])
-    assert change.mean().item() == pytest.approx(1, abs=0.1)
 
 
 def test_exports_have_a_free_batch_size():
     vit = shake(ViT(**TINY))
-    decoder = shake(Decoder(vit, embed_dim=16, depth=1, num_heads=2))
     images, more = torch.randn(2, 3, 24, 24), torch.randn(5, 3, 24, 24)
-    latent, ids = torch.randn(5, 10, 32), torch.rand(5, 36).argsort(dim=1)
-    batch = torch.export.Dim("B")
-    exported = torch.export.export(vit, (images,), dynamic_shapes={"images": {0: batch}})
+    free = {"images": {0: torch.export.Dim("B")}}
+    exported = torch.export.export(vit, (images,), dynamic_shapes=free)
     close(exported.module()(more), vit(more))
-    free = {"latent": {0: batch}, "ids_restore": {0: batch}}
-    exported = torch.export.export(decoder, (latent[:2], ids[:2]), dynamic_shapes=free)
-    close(exported.module()(latent, ids), decoder(latent, ids))
-    close(torch.jit.trace(vit, images)(more), vit(more))
-
-
-def test_onnx_has_a_free_batch_size(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    vit, path = shake(ViT(**TINY)), str(tmp_path / "vit.onnx")
-    images, free = torch.randn(2, 3, 24, 24), {"images": {0: torch.export.Dim("B")}}
-    torch.onnx.export(vit, (images,), path, input_names=["images"], dynamic_shapes=free)
-    more = torch.randn(5, 3, 24, 24)
-    (found,) = onnxruntime.InferenceSession(path).run(None, {"images": more.numpy()})
-    close(torch.from_numpy(found), vit(more), 1e-4)
 
 
 def test_checkpointed_blocks_have_the_same_gradients_and_keep_less(tmp_path):
@@ -266,13 +232,11 @@ def saved_as(style, model, folder):
     from safetensors.torch import load_file
 
     path, state = folder / "pytorch_model.bin", model.state_dict()
-    if style in ("safetensors", "bin"):                    # the names of a file, not those in memory
+    if style != "state_dict":                              # the names of a file, not those in memory
         model.save_pretrained(folder)
         if style == "safetensors":
             return str(folder / "model.safetensors")
         state = load_file(folder / "model.safetensors")
-    elif style.endswith("."):
-        state = {style + name: tensor for name, tensor in state.items()}
     torch.save(state, path)
     return str(path)
 
@@ -286,11 +250,11 @@ def test_heads_that_a_file_does_not_name_follow_from_the_width(width, heads, tmp
 
 
 HEADS = dict(num_heads=4)  # no file of theirs names them
-STYLES = ["state_dict", "safetensors", "bin", "module.", "backbone.", "model."]
+STYLES = ["state_dict", "safetensors", "bin"]
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_hugging_faces_mae_has_our_loss_prediction_and_gradients(style, tmp_path):
+def test_hugging_faces_mae_has_our_loss_and_prediction(style, tmp_path):
     from mae import MAE
 
     theirs = hugging_face("ViTMAEForPreTraining")
@@ -305,13 +269,6 @@ def test_hugging_faces_mae_has_our_loss_prediction_and_gradients(style, tmp_path
         assert torch.equal(mask, wanted.mask)
         close(loss, wanted.loss)
         close(prediction, wanted.logits)
-        model.zero_grad(), theirs.zero_grad()
-        loss.backward(), wanted.loss.backward()
-        close(
-            model.encoder.patch_embed["proj"].weight.grad,
-            theirs.vit.embeddings.patch_embeddings.projection.weight.grad,
-        )
-        close(model.decoder.mask_token.grad, theirs.decoder.mask_token.grad)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -361,15 +318,6 @@ def test_a_pretrained_release_and_a_checkpoint_of_ours_come_back_as_they_were(tm
 
     vit = shake(ViT(**TINY | dict(num_heads=8, in_chans=2)))
     decoder = shake(Decoder(vit, embed_dim=16, depth=1, num_heads=4))
-    # The released files have timm's names for blocks, behind "decoder_" in the decoder.
-    names = {
-        "mask_token",
-        "decoder_pos_embed",
-        *(f"decoder_{layer}.{kind}" for layer in ("embed", "norm", "pred") for kind in ("weight", "bias")),
-    }
-    names |= {f"decoder_{name}" for name in timms(depth=1).state_dict() if name.startswith("blocks.0")}
-    assert set(decoder.state_dict()) == names
-
     release = {
         "model": vit.state_dict() | decoder.state_dict(),
         "args": argparse.Namespace(input_size=24),
@@ -397,9 +345,8 @@ def test_a_pretrained_release_and_a_checkpoint_of_ours_come_back_as_they_were(tm
 def test_oblong_positions_are_not_taken_for_square_ones(tmp_path):
     size, path = (144, 256), str(tmp_path / "oblong.pth")  # 9×16 patches, as many as 12×12
     vit = ViT(size, 16, embed_dim=32, depth=1, num_heads=4)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        torch.save({name: tensor.to(dtype) for name, tensor in vit.state_dict().items()}, path)
-        assert load_encoder(path, **HEADS).img_size == size
+    torch.save({name: tensor.bfloat16() for name, tensor in vit.state_dict().items()}, path)
+    assert load_encoder(path, **HEADS).img_size == size
     # A learned table does not say so; the file's options may.
     shake(vit)
     torch.save(dict(encoder=vit.state_dict(), args=dict(vit=vit.config)), path)
@@ -411,12 +358,11 @@ def test_learned_square_positions_are_resized_to_an_oblong_grid_of_as_many_patch
     vit, path = shake(ViT(96, 8, embed_dim=32, depth=1, num_heads=4)), str(tmp_path / "square.pth")
     torch.save(vit.state_dict(), path)                                # 12×12 patches, and 9×16 are asked for
     found = load_encoder(path, img_size=(72, 128), **HEADS)
-    places = vit.pos_embed[:, 1:].transpose(1, 2).unflatten(2, (12, 12))
-    wanted = F.interpolate(places, (9, 16), mode="bicubic").flatten(2).transpose(1, 2)
-    close(found.pos_embed[:, 1:], wanted)
+    close(found.pos_embed, common.resize_positions(vit.pos_embed, (12, 12), (9, 16)))
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "encoder.", "model.encoder."])
+@pytest.mark.parametrize(
+    "prefix", ["_orig_mod.", "module._orig_mod.", "encoder.", "model.encoder.", "backbone."])
 def test_names_may_begin_with_where_the_encoder_was(prefix, tmp_path):
     vit, path = shake(ViT(**TINY)), tmp_path / "prefixed.pth"
     torch.save({prefix + name: tensor for name, tensor in vit.state_dict().items()}, path)
@@ -429,14 +375,6 @@ def test_averaged_weights_come_first_and_timms_mean_is_not_ours(tmp_path):
     torch.save(dict(state_dict=last.state_dict(), state_dict_ema=average.state_dict(), args=options), path)
     found = load_encoder(path, **HEADS)
     assert torch.equal(found.cls_token, average.cls_token) and found.mean is None and found.std is None
-
-
-def test_maps_of_a_classifier_by_the_mean_pass_its_norm(tmp_path):
-    vit = shake(ViT(**TINY | dict(global_pool="avg", num_classes=3)))
-    images = torch.randn(2, 3, 24, 24)
-    tokens = vit.blocks(vit.add_class_token(vit.embed(images)))[:, 1:]
-    wanted = F.layer_norm(tokens, (32,), vit.fc_norm.weight, vit.fc_norm.bias, 1e-6)
-    close(vit.feature_map(images).flatten(2).transpose(1, 2), wanted)
 
 
 @pytest.mark.parametrize("old, new", [(24, 36), ((24, 16), (20, 40))])
@@ -498,8 +436,6 @@ def damaged(kind, folder):
     torch.save(state, path)
     if kind == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])
-    if kind == "random bytes":
-        path.write_bytes(np.random.default_rng(0).bytes(5000))
     if kind == "empty":
         path.write_bytes(b"")
     if kind == "code":
@@ -508,11 +444,10 @@ def damaged(kind, folder):
         path.write_bytes(pickle.dumps({"x": Bomb(folder / "exploded")}))
     if kind == "a list":
         torch.save([1, 2], path)
-    if kind in ("missing", "pipe"):
-        path.unlink()
     if kind == "pipe":
+        path.unlink()
         os.mkfifo(path)
-    return str(folder if kind == "folder" else path)
+    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -523,14 +458,11 @@ def damaged(kind, folder):
         "another shape",
         "a tensor missing",
         "truncated",
-        "random bytes",
         "empty",
         "code",
         "old pickle with code",
         "a list",
-        "missing",
         "pipe",
-        "folder",
     ],
 )
 def test_bad_checkpoints_are_refused_and_run_no_code(kind, tmp_path):
@@ -541,14 +473,6 @@ def test_bad_checkpoints_are_refused_and_run_no_code(kind, tmp_path):
 
 
 
-
-
-def test_sizes_in_a_checkpoints_options_are_not_believed(tmp_path):
-    vit, path = shake(ViT(**TINY | dict(num_heads=2))), str(tmp_path / "lies.pth")
-    lies = dict(img_size=999, patch_size=5, in_chans=9, embed_dim=64, depth=9, num_classes=8, num_heads=2)
-    torch.save(dict(encoder=vit.state_dict(), args=dict(vit=lies)), path)
-    images = torch.randn(1, 3, 24, 24)
-    close(load_encoder(path, img_size=24).eval()(images), vit(images))
 
 
 def test_a_file_without_decoder_says_so(tmp_path):
@@ -591,14 +515,12 @@ def opened(out, *flags, train=None, val=None):
     return run, *prepare_data(run.args, run, train, val)
 
 
-class Many(Own):
-    """8,000 images, each of one value."""
+RAW = "--mean 0 0 0 --std 1 1 1".split()                              # pixels stay as they are
 
-    def __len__(self):
-        return 8000
 
-    def __getitem__(self, i):
-        return self.images[0] + i % 200, i % 10
+def one_batch(data, run, seed=0, train=False):
+    """→ all images and labels of a dataset, as one batch."""
+    return next(batches(data, [(torch.arange(len(data)), seed)], run, train=train))
 
 
 def test_many_images_are_read_with_few_open_files(tmp_path):
@@ -606,7 +528,7 @@ def test_many_images_are_read_with_few_open_files(tmp_path):
     few = max(map(int, os.listdir("/dev/fd"))) + 100             # the images come in 80 parts of two tensors
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
     try:
-        data = Many(torch.zeros(1, 3, 4, 4).byte())
+        data = Own((torch.arange(8000) % 200).byte()[:, None, None, None].expand(-1, 3, 4, 4))
         _, train, _ = opened(tmp_path, "--data", "own", "--workers", 1, train=data)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -700,8 +622,8 @@ PLACES = torch.stack([4 * COLUMN, 4 * ROW, 0 * ROW]).byte().repeat(256, 1, 1, 1)
 def places(dataset, seed, tmp_path, *flags, train=True):
     """→ the crop of each of 256 images: width and height (B,) as parts of the image's, negative if flipped,
     and the crops themselves."""
-    run, train_set, _ = opened(tmp_path / "out", "--mean", 0, 0, 0, "--std", 1, 1, 1, *flags, train=dataset)
-    images, _ = next(batches(train_set, [(torch.arange(256), seed)], run, train=train))
+    run, train_set, _ = opened(tmp_path / "out", *RAW, *flags, train=dataset)
+    images, _ = one_batch(train_set, run, seed, train)
     middle = images[:, :, 8:-8, 8:-8]
     return (
         middle[:, 0].diff(dim=2).mean(dim=(1, 2)) / 4,
@@ -736,9 +658,9 @@ def test_validation_images_of_the_right_size_are_whole_and_others_seven_eighths(
 
 
 def test_validation_images_of_another_aspect_are_not_padded(tmp_path):
-    flags = "--size", 32, 64, "--mean", 0, 0, 0, "--std", 1, 1, 1
-    run, data, _ = opened(tmp_path, *flags, train=Own(torch.full((2, 3, 64, 64), 200).byte()))
-    images, _ = next(batches(data, [(torch.arange(2), 0)], run))
+    images = torch.full((2, 3, 64, 64), 200).byte()
+    run, data, _ = opened(tmp_path, "--size", 32, 64, *RAW, train=Own(images))
+    images, _ = one_batch(data, run)
     close(images, torch.full((2, 3, 32, 64), 200.0), 0.01)
 
 
@@ -746,8 +668,8 @@ def test_maps_are_cropped_and_flipped_with_their_images(tmp_path):
     masks = Scenes(32).masks
     images = masks[:, None].repeat(1, 3, 1, 1).byte() * 255
     dataset = common.Images(images, masks.byte(), ["background", "object"])
-    run, data, _ = opened(tmp_path, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--crop", 0.3, train=dataset)
-    images, found = next(batches(data, [(torch.arange(32), 0)], run, train=True))
+    run, data, _ = opened(tmp_path, *RAW, "--crop", 0.3, train=dataset)
+    images, found = one_batch(data, run, train=True)
     # The image is interpolated, the mask is not: they may differ at the border of a shape.
     assert ((images[:, 1] > 127) == found).float().mean() > 0.98 and not torch.equal(found, masks)
 
@@ -759,7 +681,7 @@ def test_images_are_normalised_by_mean_and_std_and_to_pixels_goes_back(tmp_path)
     pixels = images.double().numpy()
     np.testing.assert_allclose(run.args.mean, pixels.mean((0, 2, 3)), rtol=1e-5)
     np.testing.assert_allclose(run.args.std, pixels.std((0, 2, 3)), rtol=1e-2)
-    found, _ = next(batches(data, [(torch.arange(12), 0)], run))
+    found, _ = one_batch(data, run)
     close(found.mean(dim=(0, 2, 3)), torch.zeros(2), 1e-4)
     assert torch.equal(to_pixels(found, run.args), images)
     data.mean, data.std = pixels.mean((0, 2, 3)), torch.tensor([3.0, 4.0])
@@ -797,23 +719,14 @@ def test_folders_of_many_kinds_and_modes_are_read_and_what_is_skipped_is_counted
 
 
 
-@pytest.mark.parametrize("inside", [True, False])
-def test_overwriting_does_not_delete_what_to_start_from(inside, tmp_path):
-    run_of(tmp_path / "run").start()
-    init = tmp_path / ("run/last.pt" if inside else "run/other/last.pt")
-    init.parent.mkdir(exist_ok=True)
-    init.write_bytes(b"precious")
-    with pytest.raises(UserError) if inside else contextlib.nullcontext():
-        run_of(tmp_path / "run", "--overwrite", "--init", init)
-
-
 @pytest.mark.parametrize("option, path", [
-    ("augmentor", "last.pt"), ("prior", "last.pt"), ("compare", "last.pt"), ("compare", "baseline/last.pt")])
+    ("init", "last.pt"), ("augmentor", "last.pt"), ("prior", "last.pt"), ("compare", "last.pt"),
+    ("compare", "baseline/last.pt"), ("init", "other/last.pt")])
 def test_overwriting_does_not_delete_what_a_run_reads(option, path, tmp_path):
     args = options(tmp_path, "--overwrite")
-    path = str(tmp_path / path)
+    inside, path = "other" not in path, str(tmp_path / path)
     setattr(args, option, [path] if option == "compare" else path)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError) if inside else contextlib.nullcontext():
         Run(args)
 
 
@@ -855,27 +768,13 @@ def peak_memory():
 def test_images_of_eight_and_sixteen_bits_make_a_batch(workers, tmp_path):
     write_image(tmp_path / "a.png", size=(64, 64))
     Image.fromarray(np.full((64, 64), 4000, np.uint16)).save(tmp_path / "b.png")
-    flags = ["--data", tmp_path, "--mean", 0, 0, 0, "--std", 1, 1, 1, "--workers", workers]
-    run, data, _ = opened(tmp_path / "out", *flags, *LARGE)
+    run, data, _ = opened(tmp_path / "out", "--data", tmp_path, *RAW, "--workers", workers, *LARGE)
     try:
-        images, _ = next(batches(data, [(torch.arange(2), 0)], run))
+        images, _ = one_batch(data, run)
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()
     close(images[:, 0], torch.tensor([100.0, 255.0])[:, None, None].expand(2, 112, 112), 0.01)
-
-
-def png_that_claims(width, height):
-    def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"0"))
-        + chunk(b"IEND", b"")
-    )
 
 
 @pytest.mark.parametrize("flags", [LARGE, ["--size", 32]])
@@ -887,16 +786,15 @@ def test_unreadable_images_are_replaced(flags, tmp_path):
     (tmp_path / "d.png").write_bytes(b"")
     os.mkfifo(tmp_path / "f.png")
     with within(10):
-        run, train, _ = opened(
-            tmp_path / "out", "--data", tmp_path, "--mean", 0, 0, 0, "--std", 1, 1, 1, *flags
-        )
-        images, _ = next(batches(train, [(torch.arange(len(train)), 0)], run))
+        run, train, _ = opened(tmp_path / "out", "--data", tmp_path, *RAW, *flags)
+        images, _ = one_batch(train, run)
     assert len(train) == 4
     close(images, torch.tensor([77.0, 0, 0])[:, None, None].expand_as(images), 0.01)
 
-@pytest.mark.parametrize("side", [14_000, 65_500])
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(side, tmp_path):
-    (tmp_path / "a.png").write_bytes(png_that_claims(side, side))
+def test_an_image_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    write_image(tmp_path / "a.png")
+    assert Image.MAX_IMAGE_PIXELS < 1e8                               # Pillow refuses twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(Image.DecompressionBombError):
         common.read_image(tmp_path / "a.png")
 
@@ -914,7 +812,7 @@ def test_a_long_thin_image_stays_small(train, tmp_path):
     write_image(tmp_path / "a.png", size=(1, 20_000))
     memory = peak_memory()
     run, data, _ = opened(tmp_path / "out", "--data", tmp_path, "--size", 224, "--crop", 0.2)
-    images, _ = next(batches(data, [(torch.tensor([0]), 0)], run, train=train))
+    images, _ = one_batch(data, run, train=train)
     assert images.shape == (1, 3, 224, 224) and images.isfinite().all()
     assert peak_memory() - memory < 300
 
@@ -922,9 +820,7 @@ def test_a_long_thin_image_stays_small(train, tmp_path):
 def test_classes_of_folders_and_flat_validation_folders(tmp_path):
     for name in ("train/a", "train/b", "train/c", "val/c", "val/b"):
         write_image(tmp_path / name / "1.png")
-    (tmp_path / "train/a/notes.txt").touch()
     _, train, val = opened(tmp_path / "out", "--data", tmp_path, *LARGE)
-    assert train.skipped == {".txt": 1}
     assert (
         labels_of(train).tolist() == [0, 1, 2]
         and labels_of(val).tolist() == [1, 2]
@@ -937,10 +833,9 @@ def test_classes_of_folders_and_flat_validation_folders(tmp_path):
     write_image(tmp_path / "val/1.png")
     _, train, val = opened(tmp_path / "out", "--data", tmp_path)
     assert labels_of(train).tolist() == [0, 1, 2] and labels_of(val).tolist() == [-1]
-    for data in (tmp_path / "empty", tmp_path / "nowhere"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(UserError):
-            opened(tmp_path / "out", "--data", data)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError):
+        opened(tmp_path / "out", "--data", tmp_path / "empty")
 
 
 def plan_of(step=0, world=1, rank=0, accumulate=2, seed=0, count=20):
@@ -1021,10 +916,9 @@ def test_rows_of_images_are_written(channels, tmp_path):
 
 def test_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
     rates = [learning_rate(step, 2.0, 10, 110, 0.5) for step in range(110)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == pytest.approx(2.0)
-    assert rates[4] == pytest.approx(1.0) and rates[60] == pytest.approx(1.25)
-    slow = [0.5 + 1.5 * (1 + math.cos(math.pi * k / 100)) / 2 for k in range(100)]
-    assert rates[10:] == pytest.approx(slow)
+    line = [0.2 * k for k in range(1, 11)]
+    cosine = [0.5 + 1.5 * (1 + math.cos(math.pi * k / 100)) / 2 for k in range(100)]
+    assert rates == pytest.approx(line + cosine)
     assert learning_rate(109, 2.0, 10, 110) < 1e-3
     assert learning_rate(0, 2.0, 0, 5) == 2.0 and learning_rate(0, 2.0, 0.4, 5) == 2.0
 
@@ -1064,7 +958,6 @@ def test_every_weight_matrix_is_decayed_and_nothing_else():
 @pytest.mark.parametrize(
     "flags, parts",
     [
-        (["--batch", 512], (256, 2)),
         (["--batch", 300], (150, 2)),
         (["--batch", 12, "--micro-batch", 3], (3, 4)),
     ],
@@ -1072,13 +965,6 @@ def test_every_weight_matrix_is_decayed_and_nothing_else():
 def test_a_batch_is_divided_into_micro_batches(flags, parts, tmp_path):
     run = run_of(tmp_path, *flags)
     assert (run.micro_batch, run.accumulate) == parts
-
-
-def test_a_folder_that_holds_a_run_is_not_taken(tmp_path):
-    run_of(tmp_path).start()
-    with pytest.raises(UserError):
-        run_of(tmp_path)
-    run_of(tmp_path, "--overwrite").start()
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
@@ -1117,15 +1003,15 @@ def too_large(monkeypatch):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def full_disk(monkeypatch, name="fsync"):
+def full_disk(monkeypatch):
     def fail(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, name, fail)
-    return lambda: monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", fail)
+    return monkeypatch.undo
 
 
-@pytest.mark.parametrize("break_disk", [too_large, full_disk, lambda patch: full_disk(patch, "replace")])
+@pytest.mark.parametrize("break_disk", [too_large, full_disk])
 def test_a_write_that_fails_leaves_the_checkpoint_before_it(break_disk, tmp_path, monkeypatch):
     run = run_of(tmp_path)
     run.start()
@@ -1189,9 +1075,8 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
 def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size, tmp_path):
     images = (torch.rand(20, 3, *size) * 255).byte()
     for number, dataset in enumerate((common.Images(images, [0] * 20, ["a"]), Own(images))):
-        flags = ["--mean", 0, 0, 0, "--std", 1, 1, 1, "--workers", 0]
-        run, data, _ = opened(tmp_path / str(number), *flags, train=dataset)
-        seen, _ = next(batches(data, [(torch.arange(20), 0)], run, train=True))
+        run, data, _ = opened(tmp_path / str(number), *RAW, train=dataset)
+        seen, _ = one_batch(data, run, train=True)
         same = (seen == images).flatten(1).all(dim=1)
         mirrored = (seen == images.flip(3)).flatten(1).all(dim=1)
         assert (same | mirrored).all() and same.any() and mirrored.any()

@@ -10,7 +10,6 @@ the GPU. A stopped run resumes to the same weights. DDP works over NCCL. Memory 
 import json
 import math
 import signal
-import warnings
 
 import pytest
 import torch
@@ -212,8 +211,6 @@ def test_a_stopped_run_resumes_to_the_same_weights(command, flag, root, tmp_path
     for out in ("stopped", "whole"):
         state = common.read_checkpoint(f"{tmp_path}/{out}/last.pt")["encoder"]
         weights.append(torch.cat([weight.flatten() for weight in state.values()]))
-    if not torch.equal(*weights):
-        warnings.warn("close, but not bit for bit", stacklevel=1)
     assert_close(weights[:1], weights[1:], 1e-3)
 
 

@@ -1,6 +1,6 @@
 """mixedae.py: mixing, attention and losses against slow loops; MAE as its special case; its runs."""
 
-import json
+import argparse
 import math
 import os
 import signal
@@ -12,6 +12,7 @@ from torch import nn
 import common
 import mae
 import mixedae
+from conftest import log_of
 
 RUN = ("--size 16 --patch 4 --limit 64 --epochs 2 --batch 16 --micro-batch 8 --lr 1e-2 --warmup 0.5 "
        "--device cpu").split()                                              # 8 steps of 16 images
@@ -28,12 +29,8 @@ def tiny(grid=(4, 4), dtype=torch.float64, **options):
     return model.to(dtype)
 
 
-def draw_images(count, grid=(4, 4), dtype=torch.float64):
-    return torch.randn(count, 3, 4 * grid[0], 4 * grid[1], dtype=dtype)
-
-
-def log_of(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+def draw_images(count, grid=(4, 4)):
+    return torch.randn(count, 3, 4 * grid[0], 4 * grid[1], dtype=torch.float64)
 
 
 # ----------------------------------------------------------------------------------------------------- mixing
@@ -45,7 +42,6 @@ def test_every_place_has_exactly_one_owner(places, members, turns):
     ids_keep, ids_restore, mask = mixedae.divide_places(noise, members, visible, turns)
     owned = (1 - mask).unflatten(0, (turns, 3, members))                    # (turns, G, M, N)
     assert (owned.sum(dim=2) == 1).all()                                    # one owner, in each turn
-    assert (owned.sum(dim=3) == visible).all()
     if turns == members:
         assert (owned.sum(dim=0) == 1).all()                                # each image, each place, once
     for row in range(len(mask)):
@@ -59,12 +55,6 @@ def test_every_place_has_exactly_one_owner(places, members, turns):
         for member in range(members):
             wanted = order[visible * member:visible * (member + 1)]
             assert ids_keep[group * members + member].tolist() == wanted
-
-
-def test_all_members_are_as_likely_to_own_a_place():
-    _, _, mask = mixedae.divide_places(torch.rand(4000, 12), 4, 3)
-    frequency = (1 - mask).unflatten(0, (4000, 4)).mean(dim=0)              # (M, N)
-    assert (frequency - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 4000)
 
 
 @pytest.mark.parametrize("segments", [True, False])
@@ -90,17 +80,14 @@ def test_un_mixing_gives_each_image_its_tokens_back(members, full, segments):
     wanted = mixedae.contrastive_loss(model.projector(mixture), 24 // members)
     torch.testing.assert_close(values["contrastive_loss"], wanted)
 
-    weight, bias = encoder.patch_embed["proj"].weight.flatten(1), encoder.patch_embed["proj"].bias
+    tokens = encoder.embed(images)
     vectors = model.segments["segment_token"][:, 0] if segments else torch.zeros(members, 16)
     for row in range(len(latent)):
         segment = vectors[row % members] - vectors.mean(dim=0)
         torch.testing.assert_close(latent[row, 0], (encoder.cls_token + encoder.pos_embed)[0, 0])
-        for place in range(24):
-            if not mask[row, place]:
-                y, x = 4 * (place // 6), 4 * (place % 6)
-                pixels = images[row % 8, :, y:y + 4, x:x + 4].flatten()
-                wanted = weight @ pixels + bias + encoder.pos_embed[0, 1 + place] + segment
-                torch.testing.assert_close(latent[row, 1 + ids_restore[row, place]], wanted)
+        for place in (mask[row] == 0).nonzero()[:, 0]:
+            wanted = tokens[row % 8, place] + segment
+            torch.testing.assert_close(latent[row, 1 + ids_restore[row, place]], wanted)
 
 
 def test_groups_do_not_touch_and_hidden_pixels_only_reach_the_loss():
@@ -148,22 +135,12 @@ def test_topk_and_its_accuracy_equal_a_loop(visible):
     assert attention.accuracy.item() == pytest.approx(right / total)
 
 
-def test_accuracy_is_one_for_queries_that_find_their_image_and_zero_for_those_that_avoid_it():
-    attention, _ = homologous(4)
-    image = torch.arange(12) // 4
-    x = nn.functional.pad(torch.eye(3)[image], (0, 0, 1, 0))[None, None].double()
-    assert attention.choose(x, x).sum() == 13 + 12 * 5 and attention.accuracy == 1
-    attention.choose(-x, x)                                                 # the most unlike keys
-    assert attention.accuracy == 0
-
-
 def test_with_all_keys_it_is_plain_attention():
     attention, plain = homologous(8)
     assert {*attention.parameters()} == {*plain.parameters()}               # shared, not copied
     x = torch.randn(2, 9, 16, dtype=torch.float64)
     torch.testing.assert_close(attention(x), plain(x))
     assert attention.accuracy == 1
-    assert not torch.allclose(homologous(4)[0](x), homologous(4)[1](x), atol=1e-3)
 
 
 # ----------------------------------------------------------------------------------------------------- losses
@@ -197,7 +174,6 @@ def test_the_contrastive_loss_and_its_gradient_are_finite_and_float32(tokens):
 def test_with_groups_of_one_it_is_mae_number_for_number(members, norm_pixels):
     model = tiny(members=members, norm_pixels=norm_pixels, segments=False, contrastive_weight=0.0)
     images, noise = draw_images(8), torch.rand(8, 16)
-    mixed = model(images, noise[:8 // members])[0]
     model.members = 1                                                       # each owns n places, as before
     reference = mae.MAE(model.encoder, model.decoder, norm_pixels)
     wanted, prediction, mask = reference(images, 1 - 1 / members, noise)
@@ -205,7 +181,6 @@ def test_with_groups_of_one_it_is_mae_number_for_number(members, norm_pixels):
     assert torch.equal(found_mask, mask) and loss == values["reconstruction_loss"]
     torch.testing.assert_close(found, prediction)
     torch.testing.assert_close(loss, wanted)
-    assert abs(mixed - wanted) > 1e-4                                       # a mixture is something else
 
 
 def test_full_mixing_is_the_mean_over_assignments_passed_on():
@@ -229,14 +204,6 @@ def test_every_parameter_learns_and_the_loss_is_the_sum(options):
     assert prediction.shape == (*mask.shape, 48) and len(mask) == 8 * model.turns
     weight = 0.0 if options is NAIVE else 0.1
     torch.testing.assert_close(loss, values["reconstruction_loss"] + weight * values["contrastive_loss"])
-
-
-def test_segments_are_not_decayed():
-    model = tiny()
-    groups = common.decay_groups(model, 0.05)
-    (segment,) = model.segments.values()
-    (decay,) = [group["weight_decay"] for group in groups if any(p is segment for p in group["params"])]
-    assert decay == 0
 
 
 @pytest.mark.parametrize("flags", [[], ["--checkpoint-blocks"]])
@@ -274,13 +241,14 @@ def test_a_run_writes_its_log_checkpoint_and_images(finished):
         assert len(line["topk_accuracy"]) == 4 and all(0 < part < 1 for part in line["topk_accuracy"])
     checkpoint = common.read_checkpoint(f"{finished}/last.pt")
     assert checkpoint["segments"]["segment_token"].shape == (4, 1, 128)
+    for group in checkpoint["optimizer"]["param_groups"]:
+        assert group["lr"] == pytest.approx(common.learning_rate(7, 1e-2 * 16 / 256, 1.6, 8))
+        assert group["betas"] == (0.9, 0.95)
     assert (finished / "mixture.png").stat().st_size > 1000
 
     encoder = common.load_encoder(f"{finished}/last.pt")
-    plain = common.ViT(**checkpoint["args"]["vit"])
-    plain.load_state_dict(checkpoint["encoder"])                            # strict
-    images = draw_images(2, dtype=torch.float32)
-    assert torch.equal(encoder(images), plain(images))
+    assert encoder.config == checkpoint["args"]["vit"]
+    torch.testing.assert_close(encoder.state_dict(), checkpoint["encoder"], rtol=0, atol=0)
     common.load_decoder(f"{finished}/last.pt", encoder)
 
 
@@ -304,6 +272,24 @@ def test_a_stopped_run_resumes_to_the_same_weights_bit_for_bit(finished, tmp_pat
             assert torch.equal(tensor, two[part][name]), name
     for line, other in zip(log_of(finished), log_of(tmp_path), strict=True):
         assert {**line, "seconds": 0, "images_per_s": 0} == {**other, "seconds": 0, "images_per_s": 0}
+
+
+def test_one_step_equals_one_by_hand(tmp_path):
+    """Of two micro-batches. After one step Adam's moving average is a tenth of the gradient."""
+    mixedae.main([*RUN, "--limit", "16", "--epochs", "1", "--out", f"{tmp_path}/found"])
+    found = common.read_checkpoint(f"{tmp_path}/found/last.pt")
+    run = common.Run(argparse.Namespace(**found["args"] | dict(out=f"{tmp_path}/hand")))
+    train, _ = common.prepare_data(run.args, run)
+    run.start(16)
+    torch.manual_seed(0)
+    encoder = common.ViT(16, 4, embed_dim=128, depth=4, num_heads=4)
+    model = mixedae.MixedAE(encoder, common.Decoder(encoder, 64, 1, 4), norm_pixels=False)
+    learned = [p for group in common.decay_groups(model, 0.05) for p in group["params"]]
+    plan = common.training_plan(torch.arange(16), run)
+    gradients = [torch.autograd.grad(model(images)[0] / 2, learned)
+                 for images, _ in common.batches(train, plan, run, train=True)]
+    for state, wanted in zip(found["optimizer"]["state"].values(), map(sum, zip(*gradients)), strict=True):
+        torch.testing.assert_close(state["exp_avg"], 0.1 * wanted, rtol=1e-3, atol=1e-8)
 
 
 def test_naive_mixing_attends_to_all_and_learns_from_pixels_alone(tmp_path, cli):
