@@ -51,8 +51,8 @@ Details that matter
 4. Gumbel noise is drawn twice a step: for the discriminator, and for the autoencoder and the generator.
 5. n patches are highlighted, as many as stay visible, not as many as get hidden.
 6. 0.5 is added to the random noise, from 0 to 1, of highlighted patches. If three quarters are hidden, that
-   hides practically all of them. Left to chance are which patches are highlighted, and which
-   two thirds of the others are hidden as well.
+   hides practically all of them. What is left to chance is which patches are highlighted, and
+   which two thirds of the others are hidden as well.
 7. Sorting has no gradient. Two tricks let one pass: the n highest of the soft mask become 1, but keep the
    soft mask's gradient; and every token is multiplied by a 1 that has the gradient of its score.
 8. On a grid of 14×14, a box is 4 to 10 wide, and as high as an area of 40 to 160 patches makes it. Above 14

@@ -21,8 +21,8 @@ details of the background.
     python mra.py --task semi                 # few labels, many images; also --task fewshot
     torchrun --nproc_per_node=8 mra.py --data /imagenet          # the paper's ResNet-50
 
-Measured with the first command, seed 0, one thread of an AMD EPYC: a classifier trained without MRA, on
-images with 40 % of the patches painted.
+Measured with the first command, seed 0, one thread of an AMD EPYC: a classifier trained without MRA,
+tested on images with 40 % of the patches painted.
 
     patches hidden                         none     low      random   high
     accuracy                               0.944    0.923    0.691    0.285
