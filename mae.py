@@ -40,9 +40,10 @@ Details that matter
  9. Crop and flip are the only augmentations (in the small presets flip alone). Colour jitter hurts (table
     1e); hiding patches is augmentation enough.
 10. Every step seeds its random numbers with (seed, step). So a resumed run ends with the same weights as an
-    uninterrupted one (almost the same on a GPU, where sums have no fixed order) [not in the paper]. A run saves
-    OUT/last.pt every 30 s, or less often if saving would take more than 2 % of the time. --resume continues
-    from it; later steps are repeated. (Repeat --out and --task; all other options come from the checkpoint.)
+    uninterrupted one (almost the same on a GPU, where sums have no fixed order) [not in the paper]. A run
+    saves OUT/last.pt every 30 s, or less often if saving would take more than 2 % of the time. --resume
+    continues from it; later steps are repeated. (Repeat --out and --task; all other options come from the
+    checkpoint.)
 11. A fine-tuned classifier uses the mean of the patch tokens, then a new norm. The linear probe uses the
     class token, in the small presets the mean patch token [not in the paper].
 12. --task segment reads the last four blocks through one convolution, or with --head conv three
