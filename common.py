@@ -39,7 +39,6 @@ import torchvision
 from PIL import Image, ImageDraw, ImageFont                           # Pillow comes with torchvision
 from torch import distributed as dist
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
@@ -1070,6 +1069,7 @@ def decay_groups(model, weight_decay, lr_scale=lambda name: 1.0):
 
 def matrix_rate(device, dtype):
     """→ operations per second in products of two large matrices: what this GPU can do at best."""
+    from torch.utils.benchmark import Timer                           # here: without a GPU it may warn
     a = torch.randn(8192, 8192, device=device, dtype=dtype)
     seconds = Timer("a @ a", globals=dict(a=a)).timeit(10).mean       # it warms up, and waits for the GPU
     return 2 * len(a) ** 3 / seconds
