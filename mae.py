@@ -338,7 +338,7 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
                         "without images beside these folders")
     if per_class:
         if counts.min() < per_class:
-            raise UserError(f"--labels {per_class}: a class has only {counts.min()} images among --limit")
+            raise UserError(f"--labels {per_class}: the smallest class has {counts.min()} images")
         order = torch.cat([order[labels[order] == k][:per_class] for k in classes])
     return order
 

@@ -357,7 +357,7 @@ def labelled_ids(dataset, classes, limit=None, labels=None, imbalance=1):
     for k in range(classes):
         members = candidates[targets[candidates] == k][:labels]
         if labels and len(members) < labels:
-            raise UserError(f"--labels {labels}: class number {k}, counted from 0, has {len(members)} images")
+            raise UserError(f"--labels {labels}: class number {k} (the first is 0) has {len(members)} images")
         # A long tail, as most papers cut it: class k keeps the part imbalance^(−k/(classes−1)) of its images,
         # at least one. If classes are equally large, the first has `imbalance` times as many as the last. The
         # 1e-9 is for rounding: a part that is 9.999… by rounding errors must become 10.
