@@ -780,12 +780,11 @@ def prepare_data(args, run, train=None, val=None, opener=open_data):
     say(f"images of {args.size[0]}×{args.size[1]} pixels in patches of {args.patch}×{args.patch}")
     choose_mean_and_std(args, train, image)
 
-    # Decoding a photo takes longer than a training step of a small model. So images that fit into memory are
-    # decoded once, if they are small or not cropped at random. Maps (np.ndim(label) > 0) are not.
+    # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
+    # of a small model. Maps (np.ndim(label) > 0) are not.
     num_pixels = len(train) * math.prod(args.size)
     no_files = args.data is None or isinstance(train, Images)
-    large = args.crop < 1 and max(args.size) > 96 or num_pixels > 500_000_000
-    if no_files or large or np.ndim(label):
+    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
 
@@ -797,8 +796,9 @@ def check_items(image, train, val):
         raise UserError("a dataset has to give (image, label), the image a uint8 tensor (C, H, W)")
     if image.is_floating_point() and 0 < image.abs().max() < 20:
         raise UserError("a dataset has to give pixels from 0 to 255, not from 0 to 1 or normalised ones")
-    names = [list(getattr(part, "classes", [])) for part in (train, val)]
-    if all(names) and names[0] != names[1]:
+    names = [getattr(part, "classes", None) for part in (train, val)]
+    names = [list(part) for part in names if part is not None and len(part)]
+    if len(names) == 2 and names[0] != names[1]:
         raise UserError("the classes of the training and validation images differ in names or order")
 
 
@@ -1451,7 +1451,7 @@ def kind_of_data(args):
         return "scenes"
     folders = os.walk(args.data, followlinks=True)
     files = (f"{folder}/{name}" for folder, _, names in folders for name in names)
-    paths = list(itertools.islice(filter(is_image, files), args.limit or 50_001))
+    paths = list(itertools.islice(filter(is_image, files), min(args.limit or 50_001, 50_001)))
     sides = [0]
     for path in paths[::500]:
         with contextlib.suppress(Exception):                          # whatever Pillow says of it

@@ -345,7 +345,9 @@ def labelled_ids(dataset, limit=None, seed=0, per_class=None):
 
 def class_names(dataset):
     """→ the names of a dataset's classes; of a dataset without names their numbers."""
-    names = list(getattr(dataset, "classes", [])) or range(int(labels_of(dataset).max()) + 1)
+    names = getattr(dataset, "classes", None)
+    if names is None or not len(names):
+        names = range(int(labels_of(dataset).max()) + 1)
     return [str(name) for name in names]
 
 
@@ -424,7 +426,7 @@ def report(encoder, train, val, run):
     after, before = [feature_accuracy(linear, vit, train, ids, val, val_ids, run)
                      for vit in (encoder, untrained)]
     say(f"a linear classifier on the frozen features of {len(ids)} images: accuracy {after:.3f}, "
-              f"an untrained encoder's {before:.3f}, by chance {1 / len(class_names(train)):.3f}")
+        f"an untrained encoder's {before:.3f}, by chance {1 / len(class_names(train)):.3f}")
     run.write_log(step=run.step, linear_trained=after, linear_untrained=before)
 
 

@@ -309,7 +309,7 @@ def draw(mra, dataset, run):
         low, random, _, mean_map = kept.values()
         if low < max(random, mean_map):
             say("attention keeps no more of the objects than chance, or than one map for all images: "
-                      "train the augmentor longer, or with another --seed")
+                "train the augmentor longer, or with another --seed")
 
 
 def run_in_folder(function, args, folder, train, val, **overrides):
@@ -373,7 +373,7 @@ def by_size(accuracy, counts):
     return {
         f"{name}_shot": accuracy[group].nanmean().item()
         for name, group in groups.items()
-        if group.any()
+        if (group & ~accuracy.isnan()).any()                          # has a class with validation images
     }
 
 

@@ -590,7 +590,7 @@ def test_a_folder_of_broken_images_is_refused(tmp_path):
         opened(tmp_path / "out", "--data", tmp_path)
 
 
-LARGE = ["--size", 112, "--crop", 0.9]  # too large to be read into memory at the start
+LARGE = ["--size", 112]  # of more than 96 pixels: not read into memory at the start
 
 
 def write_image(path, colour=100, size=(20, 24), mode="RGB"):
@@ -1042,12 +1042,12 @@ def test_a_closed_terminal_does_not_end_a_run(tmp_path, monkeypatch):
 def test_presets_go_by_number_and_size_of_images(tmp_path):
     kinds = []
 
-    def look():
+    def look(*flags):
         parse_args(
             shared_options("a test"),
             "test",
             lambda args, kind: kinds.append(kind) or {},
-            ["--data", str(tmp_path / "data")],
+            ["--data", str(tmp_path / "data"), *flags],
         )
 
     # As often with ImageNet, the images lie elsewhere, behind a link.
@@ -1063,12 +1063,13 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
     look()
     os.link(image, folder / "one more.png")
     look()
+    look("--limit", "100")
     write_image(tmp_path / "new.png", size=(32, 32))
     image.write_bytes((tmp_path / "new.png").read_bytes())
     look()
     write_image(tmp_path / "data" / "overview.png", size=(640, 480))
     look()
-    assert kinds == ["small", "small", "imagenet", "small", "small"]
+    assert kinds == ["small", "small", "imagenet", "small", "small", "small"]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 32)])

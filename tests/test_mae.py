@@ -397,8 +397,8 @@ def stop_after_saving(process, number, out, steps):
 
 def test_a_killed_run_resumes_to_the_same_weights(folder, tmp_path, cli):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    # Crops of more than 96 pixels are not kept in memory, so that workers read them.
-    flags = ["--data", folder, *MODEL, "--size", 128, "--patch", 32, "--crop", 0.9, "--epochs", 12]
+    # Images of more than 96 pixels are not kept in memory, so that workers read them.
+    flags = ["--data", folder, *MODEL, "--size", 128, "--patch", 32, "--epochs", 12]
     stop_after_saving(start(killed, *flags, "--workers", 2), signal.SIGKILL, killed, 0)
     reached = saved(killed)["step"]
     stop_after_saving(start(killed, "--resume", "--workers", 2), signal.SIGINT, killed, reached)
