@@ -7,7 +7,7 @@ features. AutoMAE learns which ones, image by image. A frozen transformer, train
 attention is often high on objects. A small generator turns it into a probability for each patch, from which a
 mask is drawn. Two forces train the generator. A discriminator compares its masks with random boxes, because
 objects are compact, and pulls it towards masks that look like a box. And the gradient of the reconstruction
-loss flows back through the drawn mask: in the paper, this keeps the task from getting too hard (here it
+loss flows back through the drawn mask, which, says the paper, keeps the task from getting too hard (here it
 changes next to nothing). In the end only the encoder counts; it is a plain vision transformer.
 
     images ──► frozen ViT ──► attention ──► GENERATOR ──► probability ──► soft mask ──► DISCRIMINATOR: a box?
@@ -63,14 +63,13 @@ Details that matter
 
 import argparse
 
-from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, label_objects,
-    learning_rate, load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, say,
-    shared_options, spread, to_pixels, training_plan, unpatchify)
+from common import (                                                  # before torch: sets an OpenMP variable
+    VITS, Decoder, Run, UserError, ViT, batches, decay_groups, entry, evenly_spaced, gather_tokens,
+    label_objects, learning_rate, load_encoder, load_for_run, number, parse_args, patchify, prepare_data,
+    run_in_folder, save_image_rows, say, shared_options, to_pixels, training_plan, unpatchify)
 
 import torch
 import torch.nn.functional as F
-from torch import distributed as dist
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -142,13 +141,13 @@ def object_boxes(masks, grid):
     return (rows * columns).flatten(1)
 
 
-def hide(noise, visible):
-    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N), as in mae.py: the `visible` patches
-    with the lowest noise are kept; mask is 1 where a patch is hidden."""
+def hide(noise, num_visible):
+    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N), as in mae.py: the n = num_visible
+    patches with the lowest noise are kept; mask is 1 where a patch is hidden."""
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
-    mask = (ids_restore >= visible).float()
-    return ids_shuffle[:, :visible], ids_restore, mask
+    mask = (ids_restore >= num_visible).float()
+    return ids_shuffle[:, :num_visible], ids_restore, mask
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -164,7 +163,7 @@ class AutoMAE(nn.Module):
         self.norm_pixels = norm_pixels
         self.mask_factor = mask_factor
         self.num_patches = encoder.grid[0] * encoder.grid[1]          # N
-        self.visible = max(1, int(self.num_patches * (1 - mask_ratio)))  # n
+        self.num_visible = max(1, int(self.num_patches * (1 - mask_ratio)))  # n
 
     def forward(self, images, hint):
         """images (B, C, H, W) → loss (), prediction (B, N, P·P·C), mask (B, N) with 1 where a patch is
@@ -179,17 +178,17 @@ class AutoMAE(nn.Module):
         soft_mask = highlighted = hint
         if self.generator is not None:
             soft_mask = F.gumbel_softmax(self.generator(hint).float())
-            highlighted = highlight(soft_mask, self.visible)
+            highlighted = highlight(soft_mask, self.num_visible)
 
         # Rank patches by a random number, as MAE does, plus a bonus for the highlighted ones. The patches at
         # the top are hidden (detail 6).
         noise = torch.rand(len(images), self.num_patches, device=images.device)
         score = noise + self.mask_factor * highlighted                # (B, N)
-        ids_keep, ids_restore, mask = hide(score, self.visible)
+        ids_keep, ids_restore, mask = hide(score, self.num_visible)
 
-        # Multiply every token by a 1 whose gradient goes to the score. If a larger visible token would lower
-        # the loss, its score rises, and so does its chance to be hidden next time. This is how the
-        # reconstruction loss reaches the generator (detail 7).
+        # Multiply every token by a 1 whose gradient goes to the score: this is how the reconstruction loss
+        # reaches the generator (detail 7). With this sign, the authors', the score of a visible token rises
+        # if a larger token would lower the loss, and then its patch is hidden more often.
         one = 1 + (score - score.detach())
         tokens = self.encoder.embed(images) * one[..., None]          # (B, N, D)
 
@@ -211,25 +210,16 @@ class AutoMAE(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- training
 
-def load_prior(args, run, train, val):
-    """→ the frozen ViT whose attention gives hints: --prior, or a masked autoencoder that is trained here, in
-    OUT/prior, by the same function and for as long as AutoMAE."""
-    out = f"{args.out}/prior"
-    path = args.prior or f"{out}/last.pt"
+def train_prior(args, run, train, val):
+    """Trains a plain masked autoencoder, whose attention will give hints, by the same function and for as
+    long as AutoMAE → its checkpoint, in OUT/prior."""
     # Once AutoMAE itself has begun, its prior is complete. Before that, an unfinished prior is trained to its
     # end; a finished one is used as it is, unless --epochs has grown.
-    if not args.prior and not run.resumes:
-        say(f"first a plain masked autoencoder, whose attention will guide the masks, in {out}")
+    if not run.resumes:
+        say(f"first a plain masked autoencoder, whose attention will guide the masks, in {args.out}/prior")
         run.clear("args.json")                                        # removes an older run from OUT
-        options = vars(args) | dict(masking="random", out=out, resume=not args.overwrite)
-        pretrain(argparse.Namespace(**options), train, val)
-        if run.world > 1:                                             # until process 0 has written it
-            dist.barrier()
-    prior = load_encoder(path, img_size=args.size, in_chans=args.in_chans)
-    args.patch = prior.patch_size                                     # as the prior's: one hint a patch
-    args.mean, args.std = prior.mean or args.mean, prior.std or args.std  # images as in its training
-    prior.forward = prior.attention_map                               # prior(images) → (B, heads, N)
-    return run.wrap(prior.eval().requires_grad_(False))
+        run_in_folder(pretrain, args, "prior", train, val, masking="random")
+    return f"{args.out}/prior/last.pt"
 
 
 def find_hint(args, prior, images, labels, model):
@@ -237,7 +227,7 @@ def find_hint(args, prior, images, labels, model):
     if args.masking == "learned":
         return prior(images).float()                                  # (B, heads, N)
     if args.masking == "attention":
-        return highlight(prior(images).mean(dim=1), model.visible)    # (B, N)
+        return highlight(prior(images).mean(dim=1), model.num_visible)  # (B, N)
     if args.masking == "random":
         return 0.0
     return object_boxes(labels > 0, model.encoder.grid)               # (B, N)
@@ -247,20 +237,24 @@ def pretrain(args, train=None, val=None):
     """Pre-trains an autoencoder. args: as `main` makes them. train, val: datasets of your own, instead of
     --data."""
     run = Run(args)
+    encoder = prior = generator = None
+    needs_prior = args.masking in ("learned", "attention")
+    if args.prior and needs_prior:                                    # first: images are as in its training
+        prior = load_for_run(args.prior, args)
+    if args.init:                                                     # the decoder always starts anew
+        encoder = load_for_run(args.init, args, num_classes=0, global_pool="token")
     train, val = map(label_objects, prepare_data(args, run, train, val))
     if args.masking == "boxes" and torch.as_tensor(train[0][1]).ndim < 2:
         raise UserError("--masking boxes needs maps of objects as labels; scenes have them")
-    encoder = prior = generator = None
-    if args.init:                                                     # the decoder always starts anew
-        encoder = load_encoder(
-            args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
-    if args.masking in ("learned", "attention"):
-        prior = load_prior(args, run, train, val)
+    if needs_prior:
+        prior = prior or load_encoder(train_prior(args, run, train, val))
+        prior.forward = prior.attention_map                           # prior(images) → (B, heads, N)
+        run.wrap(prior.eval().requires_grad_(False))
     torch.manual_seed(args.seed)
     encoder = encoder or ViT(args.size, args.patch, args.in_chans, **VITS[args.model])
     if prior and prior.grid != encoder.grid:
         raise UserError("--init and --prior have patches of different sizes")
-    decoder = Decoder(encoder, **args.decoder)
+    decoder = Decoder(encoder, **args.decoder)                        # sizes from SMALL or IMAGENET
     args.vit = encoder.config
     if args.masking == "learned":
         generator = make_generator(prior.config["num_heads"], encoder.grid)
@@ -277,7 +271,7 @@ def pretrain(args, train=None, val=None):
         parts |= dict(generator=generator, discriminator=discriminator,
                       discriminator_optimizer=discriminator_optimizer)
 
-    ids = spread(len(train), args.limit)
+    ids = evenly_spaced(len(train), args.limit)
     run.start(len(ids), **parts)
     loader = batches(train, training_plan(ids, run), run, train=True)
     for step in run.steps():
@@ -369,7 +363,7 @@ def draw(model, prior, dataset, run):
     """Writes OUT/masks.png: images; the same, faded where attention, then where the probability is low; what
     the encoder sees; what the decoder predicts (normalised patches, if norm_pixels)."""
     encoder, args = model.encoder, run.args
-    images, labels = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
+    images, labels = next(batches(dataset, [(evenly_spaced(len(dataset), 10), args.seed)], run))
     # `.forward` skips torch.compile, which would compile anew for this batch size.
     hint = find_hint(args, prior and prior.forward, images, labels, model)
     _, prediction, mask, _ = model.forward(images, hint)
@@ -391,13 +385,13 @@ def draw(model, prior, dataset, run):
 # --------------------------------------------------------------------------------------------- command line
 
 # Defaults by kind of data, for the prior as well. ImageNet gets the paper's recipe. Scenes and small data
-# take minutes on a CPU [not in the paper]; `updates` is their number of steps.
+# take minutes on a CPU [not in the paper].
 SMALL = dict(
     model="nano",
     decoder=dict(embed_dim=64, depth=1, num_heads=4),
     norm_pixels=False,
     crop=1.0,
-    updates=2500,
+    steps=2500,
     batch=16,
     lr=2.4e-2)
 IMAGENET = dict(
@@ -422,8 +416,8 @@ def options():
         help="fraction of patches to hide (paper: 0.75)")
     add("--mask-factor", type=float, default=0.5, help="bonus of highlighted patches (paper: 0.5)")
     add("--adversarial-weight", type=float, default=0.2, help="weight of the box loss (paper: 0.2)")
-    add("--prior", help="checkpoint whose attention guides the masks; it sets the patch size; None: trained "
-        "first (paper: MAE, 800 epochs)")
+    add("--prior", help="checkpoint whose attention guides the masks; None: trained first (paper: MAE, 800 "
+        "epochs)")
     add("--norm-pixels", action=argparse.BooleanOptionalAction,
         help="predict normalised patches (paper: yes)")
     return parser

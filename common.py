@@ -99,11 +99,11 @@ def sincos_positions(dim, grid):
     multiple of 4."""
     if dim % 4:
         raise UserError(f"sine-cosine positions need a width that is a multiple of 4, not {dim}")
-    # Each half holds sin(place · f), then cos(place · f), for dim/4 frequencies f from 1 down to about
-    # 1/10000. Nearby places differ in the fast waves, distant ones in the slow waves.
+    # Each half holds sin(position · f), then cos(position · f), for dim/4 frequencies f from 1 down to about
+    # 1/10000. Near positions differ in the fast waves, distant ones in the slow waves.
     frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    places = torch.cartesian_prod(*map(torch.arange, grid)).flip(1)   # (N, 2): column, row
-    angles = places[..., None] * frequencies                          # (N, 2, dim/4)
+    positions = torch.cartesian_prod(*map(torch.arange, grid)).flip(1)  # (N, 2): column, row
+    angles = positions[..., None] * frequencies                       # (N, 2, dim/4)
     return torch.cat([angles.sin(), angles.cos()], dim=2).flatten(1).float()
 
 
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def weights(self, x):
+    def attention_weights(self, x):
         """x (B, T, D) → (B, heads, T, T): how much each token attends to each other one. Every row sums to
         1. For looking at attention; `forward` never computes it."""
         q, k, _ = self.project(x)
@@ -251,8 +251,7 @@ class ViT(nn.Module):
         rates = torch.linspace(0, drop_path_rate, depth).tolist()     # deeper blocks are skipped more often
         self.blocks = nn.Sequential(*(Block(embed_dim, num_heads, rate) for rate in rates))
 
-        # With the mean of the patch tokens the last norm comes after the mean, under another name (as in
-        # MAE's code).
+        # With "avg" the last norm comes after the mean and is called fc_norm, as in MAE's code.
         norm = LayerNorm(embed_dim)
         self.norm = norm if global_pool == "token" else nn.Identity()
         self.fc_norm = norm if global_pool == "avg" else nn.Identity()
@@ -289,7 +288,7 @@ class ViT(nn.Module):
         block."""
         x = self.blocks[:-1](self.add_class_token(self.embed(images)))
         last = self.blocks[-1]
-        return last.attn.weights(last.norm1(x))[:, :, 0, 1:]
+        return last.attn.attention_weights(last.norm1(x))[:, :, 0, 1:]
 
     def feature_map(self, images, last=1):
         """images (B, C, H, W) → (B, last·D, h, w) for dense tasks: the patch tokens of the `last` last
@@ -416,17 +415,17 @@ def stored_grid(table, patch_size, saved, given):
     12×12 or 9×16. saved, given: image sizes, of the file and of the caller, or None. Raises UserError if
     nothing fits."""
     # A fixed sine-cosine table says so itself: try every shape that has as many patches.
-    places, dim = table[0, 1:].shape                                  # without the class token's row
-    for rows in range(1, places + 1):
-        grid = (rows, places // rows)
-        if places % rows == 0 and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-2):
+    num_patches, dim = table[0, 1:].shape                             # without the class token's row
+    for rows in range(1, num_patches + 1):
+        grid = (rows, num_patches // rows)
+        if num_patches % rows == 0 and torch.allclose(table.float(), fixed_positions(dim, grid), atol=1e-2):
             return grid
 
     # A learned table does not: take the first of these sizes that has as many patches.
-    for size in (saved, math.isqrt(places) * patch_size, given):
-        if size and math.prod(to_pair(size)) == places * patch_size ** 2:
+    for size in (saved, math.isqrt(num_patches) * patch_size, given):
+        if size and math.prod(to_pair(size)) == num_patches * patch_size ** 2:
             return patch_grid(size, patch_size)
-    raise UserError(f"{places} positions (without the class token's) fit no square image: give "
+    raise UserError(f"{num_patches} positions (without the class token's) fit no square image: give "
                     f"img_size=(height, width), unless the file has other special tokens")
 
 
@@ -436,12 +435,12 @@ def resize_positions(table, source, grid):
     if source == grid:
         return table
     say(f"positions resized from {source} to {grid} patches")
-    places = table[:, 1:].transpose(1, 2).unflatten(2, source)        # (1, D, rows, columns)
-    places = F.interpolate(places, grid, mode="bicubic")
-    return torch.cat([table[:, :1], places.flatten(2).transpose(1, 2)], dim=1)
+    patches = table[:, 1:].transpose(1, 2).unflatten(2, source)       # (1, D, rows, columns)
+    patches = F.interpolate(patches, grid, mode="bicubic")
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
 
 
-def fill(module, state, path, optional=()):
+def load_tensors(module, state, path, optional=()):
     """Copies tensors into a module and prints what is left over. Raises UserError if a parameter is missing
     or of another shape; only those whose names begin with `optional` may be."""
     wanted = module.state_dict()
@@ -493,10 +492,20 @@ def load_encoder(path, img_size=None, **overrides):
     if other:
         raise UserError(f"{path} is of another architecture: it also has {other}")
     state["pos_embed"] = resize_positions(state["pos_embed"], grid, encoder.grid)
-    fill(encoder, state, path, optional=("head.", "norm.", "fc_norm."))
+    load_tensors(encoder, state, path, optional=("head.", "norm.", "fc_norm."))
     for name in ("classes", "mean", "std"):                           # timm's are for pixels from 0 to 1
         setattr(encoder, name, args.get(name) if saved else None)
     encoder.norm_pixels = args.get("norm_pixels", args.get("norm_pix_loss"))  # the second is MAE's release
+    return encoder
+
+
+def load_for_run(path, args, **overrides):
+    """`load_encoder` for a run: the number of channels and the patch size are always the encoder's. So are
+    size, mean and std of images, unless an option sets them. All are written into args."""
+    encoder = load_encoder(path, img_size=args.size, **overrides)
+    args.size, args.patch, args.in_chans = encoder.img_size, encoder.patch_size, encoder.in_chans
+    args.mean = args.mean or encoder.mean
+    args.std = args.std or encoder.std
     return encoder
 
 
@@ -517,7 +526,7 @@ def load_decoder(path, encoder, **overrides):
     saved_size = args.get("vit", {}).get("img_size")
     source = stored_grid(table, encoder.patch_size, saved_size, encoder.img_size)
     state["decoder_pos_embed"] = resize_positions(table, source, encoder.grid)
-    fill(decoder, state, path)
+    load_tensors(decoder, state, path)
     return decoder
 
 
@@ -612,7 +621,7 @@ def draw_scenes(ids, size=64, seed=0):
     return image.clamp_(0, 1).mul_(255).round_().byte(), label, opacity > 0.5
 
 
-class Images(TensorDataset):
+class InMemoryImages(TensorDataset):
     """A dataset in memory: images uint8 (M, C, H, W), targets (M,) with −1 for unknown, or maps (M, H, W),
     and names of the classes. Training keeps all of it on the device."""
 
@@ -623,7 +632,7 @@ class Images(TensorDataset):
         super().__init__(self.images, self.targets)
 
 
-class Scenes(Images):
+class Scenes(InMemoryImages):
     """The `count` scenes from number `first` on. `masks` bool (M, size, size) are 1 on the object."""
 
     def __init__(self, count, size=64, seed=0, first=0):
@@ -637,7 +646,7 @@ def label_objects(dataset):
     """Scenes → the same images with maps as labels: 1 on the object, 0 elsewhere. Any other dataset stays
     as it is."""
     if isinstance(dataset, Scenes):
-        return Images(dataset.images, dataset.masks.byte(), ["background", "object"])
+        return InMemoryImages(dataset.images, dataset.masks.byte(), ["background", "object"])
     return dataset
 
 
@@ -770,21 +779,25 @@ def prepare_data(args, run, train=None, val=None, opener=open_data):
         if run.local_rank:
             dist.barrier()
         train, val = opener(args)
-        if run.world > 1 and not run.local_rank:
+        if run.world_size > 1 and not run.local_rank:
             dist.barrier()
 
     image, label = train[0]
     check_items(image, train, val)
-    args.in_chans = len(image)
+    in_chans = getattr(args, "in_chans", len(image))
+    if in_chans != len(image):
+        raise UserError(f"the encoder takes {in_chans} channels, the images have {len(image)}")
+    args.in_chans = in_chans
     choose_size(args, run, image)
     say(f"images of {args.size[0]}×{args.size[1]} pixels in patches of {args.patch}×{args.patch}")
     choose_mean_and_std(args, train, image)
 
-    # Small images are decoded once and kept in memory: decoding a photo takes longer than a training step
-    # of a small model. Maps (np.ndim(label) > 0) are not.
+    # Small images are decoded once and kept in memory at --size: decoding a photo takes longer than a
+    # training step of a small model. Not if crops come from larger ones, nor with maps (np.ndim(label) > 0).
     num_pixels = len(train) * math.prod(args.size)
-    no_files = args.data is None or isinstance(train, Images)
-    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or np.ndim(label):
+    no_files = args.data is None or isinstance(train, InMemoryImages)
+    from_larger = args.crop < 1 and max(image.shape[1:]) > max(args.size)
+    if no_files or max(args.size) > 96 or num_pixels > 500_000_000 or from_larger or np.ndim(label):
         return train, val
     return in_memory(train, run), val and in_memory(val, run)
 
@@ -808,7 +821,7 @@ def choose_size(args, run, image):
     the first one, at most 224 pixels (64 without CUDA)."""
     sides = to_pair(args.size or image.shape[1:])
     if args.data is not None and args.size is None:
-        sides = to_pair(min(*sides, 224 if run.on_gpu else 64))
+        sides = to_pair(min(*sides, 224 if run.on_cuda else 64))
     if args.patch is None:                                            # 4, else 8, if at most 12 fit on a side
         largest = 14 if args.model == "huge" else 16
         args.patch = next((patch for patch in (4, 8) if min(sides) // patch <= 12), largest)
@@ -823,7 +836,7 @@ def choose_mean_and_std(args, train, image):
     mean = args.mean or getattr(train, "mean", None)
     std = args.std or getattr(train, "std", None)
     if mean is None or std is None:
-        ids = spread(len(train), 500).tolist()
+        ids = evenly_spaced(len(train), 500).tolist()
         pixels = [center_crop(train[i][0], args.size).flatten(1).float() for i in ids]
         std, mean = torch.std_mean(torch.cat(pixels, dim=1), dim=1)   # of (C, all pixels)
         std = std.clamp(min=1)                                        # a channel may be the same everywhere
@@ -838,17 +851,17 @@ def choose_mean_and_std(args, train, image):
 
 def in_memory(dataset, run):
     """→ the images of a dataset at --size, in memory; at most --limit of them."""
-    ids = spread(len(dataset), run.args.limit)
+    ids = evenly_spaced(len(dataset), run.args.limit)
     say(f"reading {len(ids)} images into memory (fewer: --limit)")
     plan = ((part, 0) for part in ids.split(100))
     parts = file_batches(dataset, plan, run, view_transform(run.args, train=False))
     # Copies: what comes from a worker process keeps a file open, and there may be thousands of parts.
     parts = [(images.clone(), labels.clone()) for images, labels in parts]
     images, labels = map(torch.cat, zip(*parts))
-    return Images(images, labels, getattr(dataset, "classes", []))
+    return InMemoryImages(images, labels, getattr(dataset, "classes", []))
 
 
-def spread(count, limit=None):
+def evenly_spaced(count, limit=None):
     """→ `limit` of the indices 0 … count − 1 (m,), evenly spaced; all of them without a limit."""
     return torch.linspace(0, count - 1, min(count, limit or count), dtype=torch.float64).round().long()
 
@@ -876,7 +889,7 @@ def training_plan(ids, run, times=1):
             order = ids[torch.randperm(len(ids), generator=generator)]
         for i in range(run.accumulate):
             # The index of this micro-batch in the epoch, over all processes. If images are few, they repeat.
-            index = (step_in_epoch * run.world + run.rank) * run.accumulate + i
+            index = (step_in_epoch * run.world_size + run.rank) * run.accumulate + i
             positions = index * size + torch.arange(size)
             yield order[positions % len(ids)], seed_for(run.args.seed, epoch, index)
 
@@ -977,7 +990,7 @@ def file_batches(dataset, plan, run, transform):
         batch_size=None,                                              # one item of the view is a batch
         num_workers=run.args.workers,
         worker_init_fn=ignore_signals,
-        pin_memory=run.on_gpu,                                        # for asynchronous copies
+        pin_memory=run.on_cuda,                                       # for asynchronous copies
     )
     for images, labels, seed in loader:
         torch.manual_seed(seed)
@@ -990,7 +1003,7 @@ def memory_batches(dataset, plan, run, transform):
     tensors = [tensor.to(run.device) for tensor in dataset.tensors]   # images and targets
     for ids, seed in plan:
         torch.manual_seed(seed)
-        ids = ids.to(run.device, non_blocking=run.on_gpu)
+        ids = ids.to(run.device, non_blocking=run.on_cuda)
         eights = zip(*(tensor[ids].split(8) for tensor in tensors))
         parts = [apply_transform(transform, *eight) for eight in eights]
         yield map(torch.cat, zip(*parts))
@@ -1004,15 +1017,15 @@ def batches(dataset, plan, run, train=False, augment=None, transform=None):
     args = run.args
     mean, std = torch.tensor([args.mean, args.std], device=run.device)[..., None, None]
     source = file_batches
-    if isinstance(dataset, Images) and augment is None:
+    if isinstance(dataset, InMemoryImages) and augment is None:
         source = memory_batches
     transform = transform or view_transform(args, train, augment)
 
     # Images arrive as uint8 (16-bit ones as float32), a quarter of the bytes to move, and become float on the
     # device. Copying without waiting is safe on CUDA; on a Mac's GPU the images could be freed too early.
     for images, labels in source(dataset, plan, run, transform):
-        images = images.to(run.device, non_blocking=run.on_gpu)
-        labels = labels.to(run.device, non_blocking=run.on_gpu).long()
+        images = images.to(run.device, non_blocking=run.on_cuda)
+        labels = labels.to(run.device, non_blocking=run.on_cuda).long()
         if labels.ndim > 1:
             labels = labels.where(labels != 255, -100)                # cross_entropy leaves these out
         yield (images.float() - mean) / std, labels
@@ -1105,19 +1118,19 @@ class Run:
 
         # torchrun starts a script several times; these variables tell each process which one it is.
         self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.on_gpu = self.device.type == "cuda"
-        if self.world > 1 and not dist.is_initialized():
+        self.on_cuda = self.device.type == "cuda"
+        if self.world_size > 1 and not dist.is_initialized():
             # Gradients go from GPU to GPU (NCCL); some numbers stay on the CPU (Gloo).
-            backend = "cpu:gloo,cuda:nccl" if self.on_gpu else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if self.on_cuda else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))
 
         # Matrix products in 16 bits take half the time. bf16 has the range of float32. fp16 does not: small
         # gradients would vanish, so the scaler scales the loss up.
         precision = "fp32"
-        if self.on_gpu:
+        if self.on_cuda:
             if self.local_rank >= torch.cuda.device_count():
                 raise UserError(f"there is no GPU number {self.local_rank}: fewer processes, or --device cpu")
             torch.cuda.set_device(self.local_rank)
@@ -1131,11 +1144,11 @@ class Run:
 
         # --batch images per step, over all processes, so that learning does not depend on their number.
         # Each process takes its part in micro-batches that fit into memory; their gradients add up.
-        self.accumulate = math.ceil(args.batch / self.world / (args.micro_batch or 256))
-        self.micro_batch, rest = divmod(args.batch, self.world * self.accumulate)
+        self.accumulate = math.ceil(args.batch / self.world_size / (args.micro_batch or 256))
+        self.micro_batch, rest = divmod(args.batch, self.world_size * self.accumulate)
         if rest:
             raise UserError(
-                f"--batch {args.batch} does not divide into {self.world} processes × {self.accumulate} "
+                f"--batch {args.batch} does not divide into {self.world_size} processes × {self.accumulate} "
                 f"micro-batches: change --batch or --micro-batch")
 
     def wrap(self, model, *inputs):
@@ -1143,13 +1156,13 @@ class Run:
         gradients. inputs: what `forward` takes besides images; with them a GPU run logs "mfu" (model FLOPs
         utilisation): its speed relative to large matrix products."""
         model.to(self.device)
-        if inputs and self.on_gpu:
+        if inputs and self.on_cuda:
             images = torch.zeros(self.micro_batch, self.args.in_chans, *self.args.size, device=self.device)
             with FlopCounterMode(display=False) as counter, torch.no_grad(), self.autocast:
                 model(images, *inputs)
             # The backward pass counts as twice the forward pass, as usual.
             flops_per_image = 3 * counter.get_total_flops() / len(images)
-            peak_flops = self.world * matrix_rate(self.device, self.matrix_dtype)
+            peak_flops = self.world_size * matrix_rate(self.device, self.matrix_dtype)
             self.peak_images_per_s = peak_flops / flops_per_image
         # MixedAE's attention stores its accuracy in an attribute. In a block that is computed twice, the
         # compiler allows that only if the second pass may skip it.
@@ -1161,11 +1174,11 @@ class Run:
         large = sum(parameter.numel() for parameter in model.parameters()) > 4_000_000
         learns = any(parameter.requires_grad for parameter in model.parameters())
         # For a small model compiling takes longer than it saves. It needs Triton, which is not for Windows.
-        triton = self.on_gpu and importlib.util.find_spec("triton")
+        triton = self.on_cuda and importlib.util.find_spec("triton")
         if self.args.compile or (self.args.compile is None and large and triton):
             say("compiling: the first step takes about a minute")
             model.compile(dynamic=False)
-        if self.world > 1 and learns:
+        if self.world_size > 1 and learns:
             return nn.parallel.DistributedDataParallel(model)
         return model
 
@@ -1176,7 +1189,7 @@ class Run:
         self.parts = parts
         self.steps_per_epoch = max(1, count // args.batch)
         if args.epochs is None:                                       # the preset says how many steps
-            args.epochs = math.ceil(args.updates / self.steps_per_epoch)
+            args.epochs = math.ceil(args.steps / self.steps_per_epoch)
         self.total_steps = args.epochs * self.steps_per_epoch
         self.warmup_steps = self.total_steps / 10
         if args.warmup is not None:                                   # too long for few --epochs? cut it
@@ -1202,8 +1215,8 @@ class Run:
             self.begin_folder()
         if count:
             say(
-                f"{count} images, {self.total_steps} steps of {args.batch} on {self.world} × {self.device}; "
-                f"peak learning rate --lr × batch / 256 = {args.lr * args.batch / 256:.2g}")
+                f"{count} images, {self.total_steps} steps of {args.batch} on {self.world_size} × "
+                f"{self.device}; peak learning rate --lr × batch / 256 = {args.lr * args.batch / 256:.2g}")
             if self.total_steps < 300:
                 say("fewer than 300 steps: enough for a try, too few to evaluate the method")
 
@@ -1216,7 +1229,7 @@ class Run:
             cuda=torch.version.cuda,
             python=sys.version,
             commit=subprocess.getoutput(f"git -C '{os.path.dirname(__file__)}' rev-parse HEAD 2>/dev/null"),
-            device_name=torch.cuda.get_device_name() if self.on_gpu else platform.machine(),
+            device_name=torch.cuda.get_device_name() if self.on_cuda else platform.machine(),
         )
         # "x" fails if there is such a file: of two runs that start at once, one is refused.
         with open(f"{args.out}/args.json", "w" if self.may_replace else "x") as file:
@@ -1261,10 +1274,10 @@ class Run:
             except (OSError, RuntimeError) as error:
                 raise UserError(f"could not write {path} (disk full?): {error}; a previous one is intact")
 
-    def should_evaluate(self, step, cost):
-        """→ whether to evaluate `cost` images after this step: at the end of every epoch, or less often if an
-        epoch trains on fewer images than that."""
-        epochs = math.ceil(cost / (self.steps_per_epoch * self.args.batch))
+    def should_evaluate(self, step, num_images):
+        """→ whether to evaluate `num_images` images after this step: at the end of every epoch, or less often
+        if an epoch trains on fewer images than that."""
+        epochs = math.ceil(num_images / (self.steps_per_epoch * self.args.batch))
         return (step + 1) % (epochs * self.steps_per_epoch) == 0 or step + 1 == self.total_steps
 
     def steps(self):
@@ -1301,7 +1314,7 @@ class Run:
         # All processes must report after the same step, or they would wait for each other forever. So they
         # exchange the signal and the seconds since the last report.
         facts = torch.tensor([self.signal, time.monotonic() - self.printed_at])
-        if self.world > 1:
+        if self.world_size > 1:
             dist.all_reduce(facts, dist.ReduceOp.MAX)
         stop, waited = facts.tolist()
         done = self.step % self.steps_per_epoch or self.steps_per_epoch  # steps of this epoch
@@ -1313,15 +1326,15 @@ class Run:
         # GPU, which is why it is not done after every step.
         means = {}
         for name, value in self.sums.items():
-            mean = value / (done * self.world)
-            if self.world > 1:
+            mean = value / (done * self.world_size)
+            if self.world_size > 1:
                 dist.all_reduce(mean)
                 self.sums[name] = mean * done                         # process 0 saves the mean of all
             means[name] = mean.tolist()
         if not math.isfinite(means["loss"]):
             raise UserError(
                 f"the loss is {means['loss']} at step {self.step}: try a lower --lr, a longer --warmup or "
-                f"--precision fp32. {self.args.out}/last.pt is from before")
+                f"--precision fp32. {self.args.out}/last.pt, if there is one, is from before")
 
         # One line for the terminal, and at the end of an epoch for the log. The speed is that of the whole
         # run.
@@ -1359,10 +1372,21 @@ class Run:
             )
             self.save_at = now + max(30, 50 * (time.monotonic() - now))
         if stop:
-            if self.world > 1:                                        # torchrun ends all when one has ended
+            if self.world_size > 1:                                   # torchrun ends all when one has ended
                 dist.barrier()
             say(f"stopped and saved at step {self.step}: add --resume to the same command to go on")
             raise SystemExit(128 + int(stop))                         # as the shell counts
+
+
+def run_in_folder(function, args, folder, train, val, **overrides):
+    """Calls a training function for a run of its own in OUT/folder, with some options replaced → what it
+    returns. An interrupted run resumes, a finished one is only evaluated or drawn again; --overwrite starts
+    over."""
+    options = vars(args) | overrides | dict(out=f"{args.out}/{folder}", resume=not args.overwrite)
+    result = function(argparse.Namespace(**options), train, val)
+    if dist.is_initialized():
+        dist.barrier()                                                # until process 0 has written it
+    return result
 
 
 def entry(main):
@@ -1412,26 +1436,26 @@ def shared_options(description):
     add("--init", help="checkpoint to start from: ours, MAE's, timm's, Hugging Face's (not in mra.py)")
     add("--model", choices=VITS, help="size of the encoder (MAE: base)")
     add("--size", type=count, nargs="+",
-        help="side in pixels, or height and width; None: the first image's, of a folder up to 64 (GPU: 224)")
+        help="side, or height and width; None: the first image's, with --data at most 64 (CUDA: 224)")
     add("--patch", type=count, help="side of a patch in pixels; None: by the size (MAE: 16)")
-    add("--epochs", type=count, help="times every image is seen; None: some thousand steps in all (MAE: 800)")
+    add("--epochs", type=count, help="times every image is seen; None: 600 steps or more in all (MAE: 800)")
     add("--batch", type=count, help="images per step, over all processes (MAE: 4096)")
-    add("--lr", type=amount, help="peak learning rate for a batch of 256; grows with --batch (MAE: 1.5e-4)")
+    add("--lr", type=amount, help="peak learning rate is this × --batch / 256 (MAE: 1.5e-4)")
     add("--warmup", type=amount, help="epochs of linear warm-up, at most 1/5 of all; None: 1/10 (MAE: 40)")
-    add("--limit", type=count, help="use only this many images, for a quick try, with a small recipe")
+    add("--limit", type=count, help="use only this many images; up to 50,000, with a small recipe")
     add("--seed", type=whole, default=0, help="decides weights, order, crops, masks and which scenes")
     add("--resume", action="store_true", help="continue the run in OUT, with the options it was started with")
     add("--overwrite", action="store_true", help="replace the run in OUT")
 
     add = parser.add_argument_group("advanced").add_argument
     add("--root", default="data", help="folder for torchvision's downloads")
-    add("--weight-decay", type=amount, default=0.05, help="of weight matrices (MAE: 0.05)")
+    add("--weight-decay", type=amount, default=0.05, help="AdamW's, or SGD's (MAE: 0.05)")
     add("--crop", type=number(float, 0.01, 1), help="smallest area fraction of a random crop (MAE: 0.2)")
     add("--flip", action=switch, default=True, help="flip images at random")
     add("--mean", type=float, nargs="+", help="mean of each channel, in pixel values 0 to 255")
     add("--std", type=number(float, 1e-6), nargs="+", help="standard deviation, likewise")
     workers = min(8, os.cpu_count())
-    add("--workers", type=whole, default=workers, help="processes that read images, beside each that trains")
+    add("--workers", type=whole, default=workers, help="processes that read images, for each that trains")
     add("--micro-batch", type=count, help="images at once on a device; gradients add up (None: at most 256)")
     add("--device", choices=("cpu", "cuda", "mps"), help="where to compute (cuda where there is one)")
     add("--precision", choices=("bf16", "fp16", "fp32"), help="of matrix products; None: 16 bits on CUDA")
@@ -1486,7 +1510,7 @@ def parse_args(parser, script, preset, arguments=None):
         # Small presets keep their peak learning rate when --batch is larger [not in the paper]. If it grew as
         # MAE's does, features would get worse (scenes, batches of 256, 3 epochs, seed 0: a linear classifier
         # reached 0.17 instead of 0.26).
-        if args.batch and "updates" in values:
+        if args.batch and "steps" in values:
             values["lr"] *= min(1, values["batch"] / args.batch)
         if args.resume and (folder / "args.json").exists():           # it had begun, but not saved anything
             values |= json.loads((folder / "args.json").read_text())
@@ -1498,7 +1522,8 @@ def parse_args(parser, script, preset, arguments=None):
     args.out = out
     args.size = args.size and to_pair(args.size)
 
-    # A finished evaluation that has trained nothing may be replaced: "task" is in the line of its result.
+    # knn, reconstruct and --eval train nothing. Once finished (the last line of the log has "task"), they may
+    # be replaced.
     log = folder / "log.jsonl"
     if named_by_task and log.exists() and '"task"' in log.read_text() and not any(folder.glob("*.pt")):
         args.overwrite = True

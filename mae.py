@@ -55,11 +55,11 @@ import math
 import pathlib
 from dataclasses import dataclass
 
-from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, ImageFolder, Images, Run, UserError, ViT, batches, decay_groups, entry, fill,
-    gather_tokens, is_image, labels_of, learning_rate, load_decoder, load_encoder, number, open_data,
-    parse_args, patchify, prepare_data, read_checkpoint, read_image, save_image_rows, say, shared_options,
-    spread, to_pixels, training_plan, unpatchify)
+from common import (                                                  # before torch: sets an OpenMP variable
+    VITS, Decoder, ImageFolder, InMemoryImages, Run, UserError, ViT, batches, decay_groups, entry,
+    evenly_spaced, gather_tokens, is_image, labels_of, learning_rate, load_decoder, load_encoder,
+    load_for_run, load_tensors, number, open_data, parse_args, patchify, prepare_data, read_checkpoint,
+    read_image, save_image_rows, say, shared_options, to_pixels, training_plan, unpatchify)
 
 import numpy as np
 import torch
@@ -107,7 +107,7 @@ def block_noise(batch, grid, device, rectangles=24):
     # Earlier rectangles get higher numbers, so they are hidden first. The one that would hide too much is
     # hidden only in part: its first patches in reading order stay visible, so the count is exact
     # [not in the paper].
-    priority = (covered.cumsum(dim=1) > 0).sum(dim=1).flatten(1)      # (B, N)
+    priority = (covered.cumsum(dim=1) > 0).sum(dim=1).flatten(1)      # (B, N), 0 where no rectangle is
     order = torch.linspace(0, 0.9, rows * columns, device=device)     # below 1: only breaks ties
     return priority + order
 
@@ -115,20 +115,20 @@ def block_noise(batch, grid, device, rectangles=24):
 MASKINGS = {"random": random_noise, "grid": grid_noise, "block": block_noise}
 
 
-def hide(noise, visible):
-    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image the `visible` patches
-    with the lowest noise are kept. mask is 1 where a patch is hidden. Raises UserError if none would be
-    visible, or none hidden."""
-    if not 0 < visible < noise.shape[1]:
-        raise UserError(f"{visible} of {noise.shape[1]} patches would be visible: change the mask ratio")
+def hide(noise, num_visible):
+    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image the n = num_visible
+    patches with the lowest noise are kept. mask is 1 where a patch is hidden. Raises UserError if none would
+    be visible, or none hidden."""
+    if not 0 < num_visible < noise.shape[1]:
+        raise UserError(f"{num_visible} of {noise.shape[1]} patches would be visible: change the mask ratio")
     # argsort by noise shuffles the patches, visible ones first. The argsort of a permutation is its inverse:
     # ids_restore[i] is the place of patch i in the shuffled order. Without it neither the decoder nor the
     # loss would know which prediction belongs to which patch. For example, noise .9 .1 .5 gives ids_shuffle
     # 1 2 0 and ids_restore 2 0 1.
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
-    mask = (ids_restore >= visible).float()
-    return ids_shuffle[:, :visible], ids_restore, mask
+    mask = (ids_restore >= num_visible).float()
+    return ids_shuffle[:, :num_visible], ids_restore, mask
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -149,7 +149,7 @@ class MAE(nn.Module):
         hidden.
 
         noise (B, N): hide the patches where it is highest, instead of random ones. mask bool (B, N): hide
-        exactly these; every image needs the same number of them. (1, N) is for all images. Raises UserError
+        the patches where it is True; every image needs as many. (1, N) is for all images. Raises UserError
         if the numbers of hidden patches differ, or if nothing or all would be hidden.
         """
         # Every patch becomes a token: a linear projection of its pixels plus a fixed code for its position
@@ -158,16 +158,16 @@ class MAE(nn.Module):
 
         # Choose what to hide. Ranking random numbers gives every image exactly n visible patches (detail 2).
         num_patches = tokens.shape[1]
-        visible = int(num_patches * (1 - mask_ratio))
+        num_visible = int(num_patches * (1 - mask_ratio))
         if mask is not None:
-            visible = num_patches - int(mask[0].sum())
-            if (mask.sum(dim=1) != num_patches - visible).any():
+            num_visible = num_patches - int(mask[0].sum())
+            if (mask.sum(dim=1) != num_patches - num_visible).any():
                 raise UserError("the mask has to hide equally many patches in every image")
             noise = mask.float()                                      # 0 where visible: the lowest stay
         elif noise is None:
             noise = self.draw_noise(images.shape[0], self.encoder.grid, images.device)
         noise = noise.expand(images.shape[0], -1)                     # (B, N)
-        ids_keep, ids_restore, mask = hide(noise, visible)            # (B, n), (B, N), (B, N)
+        ids_keep, ids_restore, mask = hide(noise, num_visible)        # (B, n), (B, N), (B, N)
 
         # Hidden patches are dropped here: only the n tokens in ids_keep, a quarter of all, enter the encoder,
         # behind a class token. This line is where the paper's threefold speed-up comes from; no mask
@@ -219,18 +219,11 @@ def prepare(args, run, train=None, val=None, **options):
     ViT. Writes size, patch, in_chans, mean, std and vit into args. Raises UserError if encoder and images
     do not fit."""
     if args.init is not None:
-        # The patch size is always the encoder's. So are size, mean and std of images, unless an option sets
-        # them.
-        encoder = load_encoder(args.init, img_size=args.size, **options)
-        args.size, args.patch = encoder.img_size, encoder.patch_size
-        args.mean = args.mean or encoder.mean
-        args.std = args.std or encoder.std
+        encoder = load_for_run(args.init, args, **options)
     train, val = prepare_data(args, run, train, val, open_maps if args.task == "segment" else open_data)
     torch.manual_seed(args.seed)
     if args.init is None:
         encoder = ViT(args.size, args.patch, args.in_chans, **VITS[args.model], **options)
-    if encoder.in_chans != args.in_chans:
-        raise UserError(f"the encoder takes {encoder.in_chans} channels, the images have {args.in_chans}")
     args.vit = encoder.config
     return encoder, train, val
 
@@ -242,23 +235,25 @@ def pretrain(args, train=None, val=None):
     `mae.pretrain(mae.parse(["--out", "runs/mine"]), train)`; size, mean and std are then taken from the data.
     """
     run = Run(args)
-    # num_classes=0 drops the head of a classifier. With --init, --norm-pixels is not taken from the file.
+    # num_classes=0: no classifier's head. "token": `encode` ends with the norm, which "avg" would move behind
+    # the mean.
     encoder, train, val = prepare(args, run, train, val, num_classes=0, global_pool="token")
-    decoder = Decoder(encoder, **args.decoder)
+    decoder = Decoder(encoder, **args.decoder)                        # sizes from PRESETS
     if args.init is not None:
         try:
             decoder = load_decoder(args.init, encoder)
         except UserError as error:
             say(f"the decoder starts anew: {error}")
     args.decoder = decoder.config
+    # With --init, --norm-pixels is not taken from the file.
     model = MAE(encoder, decoder, args.norm_pixels, args.masking)
-    # Moves the model to the device, compiles it if it is large, and adds DDP under torchrun. Given the other
-    # arguments of `forward`, here mask_ratio, it also measures how well a GPU is used.
+    # Moves the model to the device, compiles it if it is large, and adds DDP under torchrun. With the other
+    # arguments of `forward`, here mask_ratio, it also measures how well a GPU is used ("mfu" in the log).
     wrapped = run.wrap(model, args.mask_ratio)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
     # From here on the run writes into --out. With --resume it continues where the checkpoint stands.
-    ids = spread(len(train), args.limit)
+    ids = evenly_spaced(len(train), args.limit)
     run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)
     for step in run.steps():
@@ -284,7 +279,7 @@ def pretrain(args, train=None, val=None):
         run.scaler.update()
         optimizer.zero_grad()
         run.log(lr=lr)
-        if val is not None and run.should_evaluate(step, cost=min(500, len(val))):
+        if val is not None and run.should_evaluate(step, num_images=min(500, len(val))):
             run.log(val_loss=validation_loss(model, val, run))
 
     if run.rank == 0:
@@ -296,11 +291,12 @@ def pretrain(args, train=None, val=None):
 def validation_loss(model, val, run):
     """→ the loss on up to 500 images that are not trained on, every time the same ones with the same
     masks."""
-    ids = spread(len(val), 500)
+    ids = evenly_spaced(len(val), 500)
     losses = []
+    # A plan says which images make up each batch, and its seed.
     plan = [(part, seed) for seed, part in enumerate(ids.split(run.micro_batch))]
     for images, _ in batches(val, plan, run):
-        with run.autocast:
+        with run.autocast:                                            # `.forward` skips torch.compile
             loss, _, _ = model.forward(images, run.args.mask_ratio)
         losses.append(loss * len(images) / len(ids))
     return sum(losses).item()
@@ -310,7 +306,7 @@ def draw(model, dataset, run):
     """Writes OUT/reconstruction.png: images, what the encoder sees of them, and what the decoder makes of
     that."""
     args = run.args
-    images, _ = next(batches(dataset, [(spread(len(dataset), 10), args.seed)], run))
+    images, _ = next(batches(dataset, [(evenly_spaced(len(dataset), 10), args.seed)], run))
     masked, filled = model.eval().reconstruct(images, args.mask_ratio)
     note = " (hidden patches with their true mean and contrast)" if model.norm_pixels else ""
     save_image_rows(f"{args.out}/reconstruction.png", {
@@ -321,8 +317,8 @@ def draw(model, dataset, run):
 
 
 # ==========================================================================================================
-# If you only want the method, stop here. The rest evaluates an encoder, ours or any other: nearest
-# neighbours, a linear probe, fine-tuning, segmentation.
+# The method ends here. The rest evaluates an encoder, ours or any other: nearest neighbours, a linear probe,
+# fine-tuning, segmentation. At the end stand the defaults and options, those of pre-training included.
 # ==========================================================================================================
 
 def labelled_ids(dataset, limit=None, seed=0, per_class=None):
@@ -454,9 +450,10 @@ def layer_scale(name, depth, layer_decay):
     return layer_decay ** (depth + 1 - layer)
 
 
-def make_classifier(args, vit, num_classes):
-    """Gives a ViT a new head, and lets only what --task trains have gradients. With --eval the ViT stays as
+def replace_head(args, vit):
+    """Gives a ViT a new head, and freezes what --task does not train. With --eval the ViT stays as
     it is. Raises UserError if it then has no head for so many classes."""
+    num_classes = len(args.classes)
     if args.eval:
         if vit.num_classes != num_classes or vit.classes not in (None, args.classes):
             raise UserError(
@@ -512,29 +509,28 @@ def evaluate(model, dataset, ids, run):
         # `predict` resizes images itself, so they are not cropped. Files differ in size and form no batch.
         predict = model.predict
         transform = v2.Identity()
-        batch_size = 100 if isinstance(dataset, Images) else 1
+        batch_size = 100 if isinstance(dataset, InMemoryImages) else 1
         k = 1
 
     # Every process takes its part of the images, so that none is counted twice.
-    plan = in_parts(ids[run.rank::run.world], batch_size)
-    counts = torch.zeros(3, num_classes, dtype=torch.long, device=run.device)
-    topk_correct = counts.new_zeros(())
+    plan = in_parts(ids[run.rank::run.world_size], batch_size)
+    counts = torch.zeros(4, num_classes, dtype=torch.long, device=run.device)
     for images, labels in batches(dataset, plan, run, transform=transform):
         with run.autocast:
             predictions = predict(images).topk(k, dim=1).indices      # (b, k, …), the best first
-        topk_correct += (predictions == labels[:, None]).sum()
+        # How often is each class the truth, the prediction, both, and among the k best?
         known = labels >= 0
+        among_best = labels[(predictions == labels[:, None]).any(dim=1)]
         labels, predictions = labels[known], predictions[:, 0][known]
-        # How often is each class the truth, the prediction, and both?
         hits = labels[labels == predictions]
-        counts += torch.stack([x.bincount(minlength=num_classes) for x in (labels, predictions, hits)])
-    if run.world > 1:
+        counts += torch.stack(
+            [x.bincount(minlength=num_classes) for x in (labels, predictions, hits, among_best)])
+    if run.world_size > 1:
         dist.all_reduce(counts)
-        dist.all_reduce(topk_correct)
-    truth, predicted, correct = counts
+    truth, predicted, correct, among_best = counts
     accuracy = correct.sum() / truth.sum()
     if not is_segmenter:
-        top5 = topk_correct / truth.sum()
+        top5 = among_best.sum() / truth.sum()
         return dict(top1=accuracy.item(), top5=top5.item())
     union = truth + predicted - correct
     iou = correct / union.clamp(min=1)
@@ -613,7 +609,7 @@ def fit(run, model, parts, train, ids, val, val_ids, augment=None, mixes=()):
         run.scaler.update()
         optimizer.zero_grad()
         run.log(lr=lr)
-        if run.should_evaluate(step, cost=len(val_ids)):
+        if run.should_evaluate(step, num_images=len(val_ids)):
             result = evaluate(model, val, val_ids, run)
             model.train()
             # OUT/best.pt keeps the weights that do best on validation images, by the first of the results.
@@ -643,8 +639,7 @@ def classify(args, train=None, val=None):
         run.start()
         model.to(run.device)
         return finish(run, dict(top1=feature_accuracy(knn, model, train, ids, val, val_ids, run)))
-    num_classes = len(args.classes)
-    make_classifier(args, model, num_classes)
+    replace_head(args, model)
 
     # RandAugment: two random operations, each applied with probability 1/2. The authors' code has two more,
     # makes some stronger, and varies the magnitude; torchvision's are [not in the paper].
@@ -656,7 +651,7 @@ def classify(args, train=None, val=None):
         # Through PIL, because torchvision rotates no tensor with bicubic interpolation.
         augment = v2.Compose([v2.ToPILImage(), maybe, maybe, v2.PILToTensor()])
     alphas = {v2.MixUp: args.mixup, v2.CutMix: args.cutmix}
-    mixes = [mix(alpha=alpha, num_classes=num_classes) for mix, alpha in alphas.items() if alpha]
+    mixes = [mix(alpha=alpha, num_classes=len(args.classes)) for mix, alpha in alphas.items() if alpha]
     fit(run, model, dict(encoder=model), train, ids, val, val_ids, augment, mixes)
 
 
@@ -701,8 +696,11 @@ def open_maps(args):
     UserError if there are no images."""
     if args.data is None:
         # In a scene the shape is an object of its class, and the rest is background, class 0.
-        return [Images(scenes.images, ((scenes.targets[:, None, None] + 1) * scenes.masks).byte(),
-                       ["background", *scenes.classes]) for scenes in open_data(args)]
+        parts = []
+        for scenes in open_data(args):
+            maps = ((scenes.targets[:, None, None] + 1) * scenes.masks).byte()
+            parts.append(InMemoryImages(scenes.images, maps, ["background", *scenes.classes]))
+        return parts
     if args.data == "voc":
         # Asked to download, torchvision would unpack the archive anew every time.
         folder = pathlib.Path(args.root, "VOCdevkit/VOC2012")
@@ -755,9 +753,9 @@ class Segmenter(nn.Module):
         """images (B, C, H, W), normalised and of any size → scores (B, K, H, W). An image is scaled, keeping
         its proportions, to just cover the encoder's img_size. Its longer side is then seen through several
         windows; where they overlap, scores are averaged."""
-        h, w = self.encoder.img_size
+        height, width = self.encoder.img_size
         size = images.shape[2:]
-        scale = max(h / size[0], w / size[1])
+        scale = max(height / size[0], width / size[1])
         H, W = [round(scale * side) for side in size]
         resized = F.interpolate(images, (H, W), mode="bicubic", antialias=True)
 
@@ -765,9 +763,9 @@ class Segmenter(nn.Module):
         # the lower right.
         total = resized.new_zeros(len(images), self.head[-1].out_channels, H, W)
         count = total.new_zeros(H, W)
-        for y in spread(H - h + 1, math.ceil(H / h)).tolist():
-            for x in spread(W - w + 1, math.ceil(W / w)).tolist():
-                window = (..., slice(y, y + h), slice(x, x + w))
+        for y in evenly_spaced(H - height + 1, math.ceil(H / height)).tolist():
+            for x in evenly_spaced(W - width + 1, math.ceil(W / width)).tolist():
+                window = (..., slice(y, y + height), slice(x, x + width))
                 total[window] += self.forward(resized[window])
                 count[window] += 1
         return F.interpolate(total / count, size, mode="bilinear")
@@ -782,7 +780,7 @@ def load_segmenter(path, **overrides):
         raise UserError(f"{path} holds no segmenter")
     encoder = load_encoder(path, **overrides)
     model = Segmenter(encoder, len(encoder.classes), saved["args"]["head"])
-    fill(model.head, saved["head"], path)
+    load_tensors(model.head, saved["head"], path)
     return model.eval()
 
 
@@ -804,15 +802,15 @@ def segment(args, train=None, val=None):
         model = load_segmenter(args.init, img_size=args.size)
     else:
         raise UserError(f"{args.init} is no segmenter of these classes: train one first, without --eval")
-    ids = spread(len(train), args.labels or args.limit)
-    val_ids = spread(len(val), args.limit)
+    ids = evenly_spaced(len(train), args.labels or args.limit)
+    val_ids = evenly_spaced(len(val), args.limit)
     fit(run, model, dict(encoder=model.encoder, head=model.head), train, ids, val, val_ids)
     if run.rank:
         return
 
     # Draw images, true classes and predicted classes. The colour of class k is k times a step per channel,
     # modulo 256, so classes look different.
-    images, labels = next(batches(val, in_parts(spread(len(val), 8)), run))
+    images, labels = next(batches(val, in_parts(evenly_spaced(len(val), 8)), run))
     answers = model.eval().predict(images).argmax(dim=1)
     steps = (67 + 46 * torch.arange(args.in_chans))[:, None, None]
     save_image_rows(f"{args.out}/segmentation.png", {
@@ -847,20 +845,20 @@ TASKS = {
 # Defaults by kind of data, task, --head, and model or width of the encoder; `preset` merges those that apply.
 # "imagenet" is the paper's recipe (appendix A.1), except that fine-tuning follows the authors' FINETUNE.md,
 # with another learning rate, layer decay, drop path and random erasing. Training from scratch uses the same
-# values [not in the paper]; the paper trains longer, and differently. The probe's BatchNorm sees 512 images.
-# The probe's crops are torchvision's: one that does not fit is drawn again [not in the paper]; the authors'
-# code clips it. "scenes" is for scenes and all small data and takes minutes on a CPU [not in the paper];
-# `updates` is the number of steps, unless `epochs` is set.
+# values, without layer decay [not in the paper]; the paper trains longer, and differently. The probe's
+# BatchNorm sees 512 images. The probe's crops are torchvision's: one that does not fit is drawn again
+# [not in the paper]; the authors' code clips it. "scenes" is for scenes and all small data and takes minutes
+# on a CPU [not in the paper]. `steps` counts unless `epochs` is set.
 PRESETS = {
     "scenes": dict(
         model="nano",
         decoder=dict(embed_dim=64, depth=1, num_heads=4),
         norm_pixels=False, crop=1.0,
-        updates=5000, batch=16, lr=2.4e-2,
+        steps=5000, batch=16, lr=2.4e-2,
     ),
-    "scenes probe": dict(updates=800, batch=128, lr=80.0),
+    "scenes probe": dict(steps=800, batch=128, lr=80.0),
     "scenes finetune": dict(
-        updates=3000, batch=64, lr=4e-3,
+        steps=3000, batch=64, lr=4e-3,
         layer_decay=0.75, drop_path=0.1,
     ),
     "imagenet": dict(
@@ -883,7 +881,7 @@ PRESETS = {
     "imagenet probe 1280": dict(epochs=50),
     "imagenet finetune 1024": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.2),
     "imagenet finetune 1280": dict(epochs=50, lr=1e-3, layer_decay=0.75, drop_path=0.3),
-    "segment": dict(epochs=None, updates=600, batch=32, lr=0.08, warmup=None),
+    "segment": dict(epochs=None, steps=600, batch=32, lr=0.08, warmup=None),
     "segment conv": dict(lr=1.6e-2, layer_decay=0.75),
 }
 
@@ -891,7 +889,7 @@ PRESETS = {
 def preset(args, kind):
     """→ the defaults for a kind of data, and for the task and model in args."""
     task = args.task
-    data = kind.replace("small", "scenes")                            # small data use the rows of scenes
+    data = "imagenet" if kind == "imagenet" else "scenes"             # small data use the rows of scenes
     classifies = task in ("probe", "finetune")
     width = VITS[args.model or "base"]["embed_dim"]                   # the recipe depends on the encoder
     if data == "imagenet" and classifies and args.init is not None:
@@ -911,7 +909,7 @@ def preset(args, kind):
     else:
         values["size"] = None                                         # that of the encoder
     if args.labels and classifies and data == "scenes":
-        values |= dict(batch=20, updates=1000)
+        values |= dict(batch=20, steps=1000)
     if args.data and task == "segment":
         values["crop"] = 0.25                                         # 1 would never show an image's border
     return values
@@ -933,13 +931,13 @@ def options():
     add("--head", choices=("linear", "conv"), default="linear", help="segment: conv also trains the encoder")
     add("--train-blocks", type=number(int, 0), help="finetune: only this many last blocks, norm and head")
     add("--pool", choices=("token", "avg"), default="avg", help="feature: class token or mean patch token")
-    add("--layer-decay", type=fraction, default=1.0, help="learning rate / the next layer's (authors: 0.65)")
-    add("--randaugment", type=number(int, 0, 10), default=0, help="finetune: strength; 0: off (paper: 9)")
+    add("--layer-decay", type=fraction, default=1.0, help="a layer's rate / the next layer's (authors: 0.65)")
+    add("--randaugment", type=number(int, 0, 10), default=0, help="0: off; needs 1 or 3 channels (paper: 9)")
     for name, text in {
         "--drop-path": "probability to skip the last block (paper: 0.1)",
         "--label-smoothing": "fraction of a target spread over all classes (paper: 0.1)",
-        "--mixup": "finetune: alpha of mixup (paper: 0.8)",
-        "--cutmix": "finetune: alpha of cutmix; with both, one at random (paper: 1.0)",
+        "--mixup": "alpha of mixup (paper: 0.8)",
+        "--cutmix": "alpha of cutmix; with both, one at random (paper: 1.0)",
         "--erasing": "probability that a rectangle becomes noise (authors: 0.25)",
     }.items():
         add(name, type=fraction, default=0.0, help=text)

@@ -5,11 +5,11 @@ Mixing images helps supervised learning, so why not masked autoencoders? In MAE 
 Naive mixing puts a patch of another image there: the encoder sees more than before, reconstruction gets
 easier, and the features get worse, says the paper. Its cure is a second task, homologous recognition: find
 out which patches of the mixture come from the same image. Each image of a group (those mixed together) gets a
-learned vector, its segment, that is added to all its tokens. In every attention layer a query sees only the
-keys most similar to it. They should come from its own image, and a contrastive loss teaches this. Then each
-image gets its tokens back, and MAE's decoder predicts its hidden patches. Four images fit into one sequence,
-so the encoder processes as many tokens as in MAE, in fewer and longer sequences. After pre-training it is a
-plain vision transformer.
+learned vector, its segment embedding, that is added to all its tokens. In every attention layer a query sees
+only the keys most similar to it. They should come from its own image, and a contrastive loss teaches this.
+Then each image gets its tokens back, and MAE's decoder predicts its hidden patches. Four images fit into one
+sequence, so the encoder processes as many tokens as in MAE, in fewer and longer sequences. After pre-training
+it is a plain vision transformer.
 
     4 images ──► a quarter of the ──► mixture ──► ENCODER ──┬──► un-mix ──► DECODER ──► loss on the hidden
     (B,C,H,W)    places each (B,n,D)  (B/4,N,D)  top K keys │    (B,1+n,D)  (B,N,P·P·C)   75 % of each image
@@ -48,7 +48,7 @@ Details that matter
 4. The class token attends to all tokens, and all attend to it. It is none of the K keys [not in the paper].
 5. Homologous attention has the parameters of plain attention, so the checkpoint holds a plain ViT, to be used
    with full attention.
-6. Segments have mean 0 over a group and start small, so that the encoder hardly misses them after
+6. Segment embeddings have mean 0 over a group and start small, so that the encoder hardly misses them after
    pre-training [not in the paper]. The decoder has none [not in the paper].
 7. For decoding, all images of a group get the one class token of their mixture [not in the paper].
 8. Temperature 0.25, weight 0.1 and mix ratio 0.25 are [from memory]. The contrastive loss reads the encoder's
@@ -60,10 +60,10 @@ Details that matter
 
 import argparse
 
-from common import (                                                  # before torch: it sets how threads wait
-    VITS, Attention, Decoder, Run, UserError, ViT, batches, decay_groups, entry, gather_tokens, learning_rate,
-    load_encoder, number, parse_args, patchify, prepare_data, save_image_rows, say, shared_options, spread,
-    to_pixels, training_plan, unpatchify)
+from common import (                                                  # before torch: sets an OpenMP variable
+    VITS, Attention, Decoder, Run, UserError, ViT, batches, decay_groups, entry, evenly_spaced, gather_tokens,
+    learning_rate, load_for_run, number, parse_args, patchify, prepare_data, save_image_rows, say,
+    shared_options, to_pixels, training_plan, unpatchify)
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +71,10 @@ from torch import nn
 
 # --------------------------------------------------------------------------------------------------- mixing
 
-def divide_places(noise, members, visible, turns=1):
+def divide_places(noise, members, num_visible, turns=1):
     """noise (G, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N), as in MAE, for B = turns·G·M images:
-    each of the M = `members` images of a group owns n = `visible` of the N places. G is the number of groups.
-    Row order: turn, group, member.
+    each of the M = `members` images of a group owns n = num_visible of the N places. G is the number of
+    groups. Row order: turn, group, member.
 
     In every further turn each image takes over the places of the next one. After M turns it has owned every
     place once: --mixing full [from memory].
@@ -83,20 +83,21 @@ def divide_places(noise, members, visible, turns=1):
     # N (detail 1). Subtracting (m+t)·n makes them 0 to n − 1: that is MAE's ids_restore.
     rank = noise.argsort().argsort()[:, None]                         # (G, 1, N)
     member = torch.arange(members, device=noise.device)[:, None]      # (M, 1)
-    turned = [rank - visible * (member + turn) for turn in range(turns)]
+    turned = [rank - num_visible * (member + turn) for turn in range(turns)]
     ids_restore = torch.cat(turned).flatten(0, 1) % noise.shape[1]    # (B, N)
-    return ids_restore.argsort()[:, :visible], ids_restore, (ids_restore >= visible).float()
+    mask = (ids_restore >= num_visible).float()
+    return ids_restore.argsort()[:, :num_visible], ids_restore, mask
 
 
 # ----------------------------------------------------------------------------------- homologous recognition
 
-def homologous_pairs(scores, visible):
-    """scores (…, N, N), of which only the shape counts; each run of `visible` tokens is from one image →
-    positive, bool (N, N): two different tokens of one image; different, bool (N, N): two different tokens."""
+def homologous_pairs(scores, num_visible):
+    """scores (…, N, N), of which only the shape counts; every num_visible consecutive tokens are from one
+    image → positive, bool (N, N): another token of the same image; not_self, bool (N, N): any other token."""
     token = torch.arange(scores.shape[-1], device=scores.device)
-    different = token[:, None] != token
-    owner = token // visible
-    return (owner[:, None] == owner) & different, different
+    not_self = token[:, None] != token
+    owner = token // num_visible
+    return (owner[:, None] == owner) & not_self, not_self
 
 
 class HomologousAttention(Attention):
@@ -104,16 +105,16 @@ class HomologousAttention(Attention):
     same shape. It shares the parameters of a plain Attention (detail 5); with top_k = N it computes the
     same.
 
-    `accuracy` () is the part of the chosen keys that are of the query's image, if each run of `visible`
-    tokens is of one image. The query itself is not counted (detail 9). By chance it is (visible − 1) /
-    (N − 1).
+    `accuracy` () is the part of the chosen keys that are of the query's image, if every num_visible
+    consecutive tokens are of one image. The query itself is not counted (detail 9). By chance it is
+    (num_visible − 1) / (N − 1).
     """
 
-    def __init__(self, plain, top_k, visible):
+    def __init__(self, plain, top_k, num_visible):
         super().__init__(plain.proj.in_features, plain.num_heads)
         self.qkv, self.proj = plain.qkv, plain.proj                   # shared, not copied
         self.top_k = top_k
-        self.visible = visible
+        self.num_visible = num_visible
 
     def choose(self, q, k):
         """Queries, keys (B, heads, 1+N, D/heads) → bool (B, heads, 1+N, 1+N): does a query see a key?"""
@@ -123,8 +124,8 @@ class HomologousAttention(Attention):
         seen = scores >= scores.topk(self.top_k, sorted=False).values.amin(-1, True)
 
         # How good is the choice? The network never sees this number.
-        positive, different = homologous_pairs(scores, self.visible)
-        self.accuracy = (seen & positive).sum() / (seen & different).sum()
+        positive, not_self = homologous_pairs(scores, self.num_visible)
+        self.accuracy = (seen & positive).sum() / (seen & not_self).sum()
 
         # The class token sees everything, and everything sees it (detail 4).
         return F.pad(seen, (1, 0, 1, 0), value=True)
@@ -136,18 +137,18 @@ class HomologousAttention(Attention):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-def contrastive_loss(tokens, visible, temperature=0.25):
-    """The homologous contrastive loss, tokens (G, N, D), each run of `visible` tokens from one image → ().
-    For each token i it is the cross-entropy of choosing the other tokens j of its image among all others l
-    by cosine similarity (detail 8):
+def contrastive_loss(tokens, num_visible, temperature=0.25):
+    """The homologous contrastive loss, tokens (G, N, D) → (); every num_visible consecutive tokens are from
+    one image. For each token i it is the cross-entropy of choosing the other tokens j of its image among all
+    others l by cosine similarity (detail 8):
 
         − mean_i mean_j log( exp(cos_ij / τ) / Σ_{l≠i} exp(cos_il / τ) )
     """
     with torch.autocast(tokens.device.type, enabled=False):           # bf16 has two to three digits
         tokens = F.normalize(tokens.float(), dim=-1)
         similarity = tokens @ tokens.mT / temperature                 # (G, N, N)
-    positive, different = homologous_pairs(similarity, visible)
-    log_probability = similarity.masked_fill(~different, -torch.inf).log_softmax(dim=-1)
+    positive, not_self = homologous_pairs(similarity, num_visible)
+    log_probability = similarity.masked_fill(~not_self, -torch.inf).log_softmax(dim=-1)
     # Every token has n − 1 positives, so one division takes both means.
     return -log_probability.masked_fill(~positive, 0).sum() / (len(tokens) * positive.sum())
 
@@ -174,21 +175,21 @@ class MixedAE(nn.Module):
         self.turns = members if full else 1
         self.contrastive_weight = contrastive_weight
         self.num_patches = encoder.pos_embed.shape[1] - 1             # N
-        self.visible = self.num_patches // members                    # n
-        if self.num_patches % members or self.visible < 2:
+        self.num_visible = self.num_patches // members                # n
+        if self.num_patches % members or self.num_visible < 2:
             raise UserError(
                 f"{self.num_patches} patches are too few for {members} images, or do not divide among them: "
                 f"try --size 64, or another --mix-ratio")
 
-        # A vector for each member of a group (detail 6). A name that ends in _token is spared weight decay.
+        # An embedding for each member of a group (detail 6). Names that end in _token get no weight decay.
         width = encoder.embed_dim                                     # D
-        vectors = 0.1 * torch.randn(members, 1, width)
-        self.segments = nn.ParameterDict({"segment_token": vectors} if segments else {})
+        embeddings = 0.1 * torch.randn(members, 1, width)
+        self.segments = nn.ParameterDict({"segment_token": embeddings} if segments else {})
 
         # The encoder's weights, behind another attention (detail 5).
-        top_k = self.visible if homologous else self.num_patches
+        top_k = self.num_visible if homologous else self.num_patches
         for block in encoder.blocks:
-            block.attn = HomologousAttention(block.attn, top_k, self.visible)
+            block.attn = HomologousAttention(block.attn, top_k, self.num_visible)
 
         # The contrastive loss reads tokens through a small head, which is thrown away with the decoder
         # (detail 8).
@@ -203,19 +204,19 @@ class MixedAE(nn.Module):
         # Divide the places of each group among its images. With `full` every turn uses all images.
         if noise is None:
             noise = torch.rand(len(images) // self.members, self.num_patches, device=images.device)
-        ids_keep, ids_restore, mask = divide_places(noise, self.members, self.visible, self.turns)
+        ids_keep, ids_restore, mask = divide_places(noise, self.members, self.num_visible, self.turns)
         images = images.repeat(self.turns, 1, 1, 1)                   # (B, C, H, W)
 
         # Every patch becomes a token with its position. Each image keeps the tokens at the places it owns
         # (detail 2).
         tokens = gather_tokens(self.encoder.embed(images), ids_keep)  # (B, n, D)
 
-        # All tokens of an image get its segment: without it, only what patches look like could tell images
-        # apart. Then the images of a group become one sequence, member after member.
+        # All tokens of an image get its segment embedding: without it, only what patches look like could tell
+        # images apart. Then the images of a group become one sequence, member after member.
         tokens = tokens.unflatten(0, (-1, self.members))              # (G, M, n, D)
         if self.segments:
-            vectors = self.segments.segment_token                     # (M, 1, D)
-            tokens = tokens + vectors - vectors.mean(0)
+            embeddings = self.segments.segment_token                  # (M, 1, D)
+            tokens = tokens + embeddings - embeddings.mean(0)
 
         # The encoder runs once for M images. Inside, each query chooses its keys (HomologousAttention).
         latent = self.encoder.encode(tokens.flatten(1, 2))            # (G, 1+N, D), class token first
@@ -230,7 +231,7 @@ class MixedAE(nn.Module):
         # L = L_rec + λ · L_hom: MAE's loss, and one that makes tokens of one image alike.
         values = dict(
             reconstruction_loss=self.loss(images, prediction, mask),
-            contrastive_loss=contrastive_loss(self.projector(latent[:, 1:]), self.visible),
+            contrastive_loss=contrastive_loss(self.projector(latent[:, 1:]), self.num_visible),
             topk_accuracy=torch.stack([block.attn.accuracy for block in self.encoder.blocks]))
         loss = values["reconstruction_loss"] + self.contrastive_weight * values["contrastive_loss"]
         return loss, prediction, mask, values
@@ -256,14 +257,13 @@ def pretrain(args, train=None, val=None):
     if run.micro_batch % members:
         raise UserError(
             f"--batch, --micro-batch: {run.micro_batch} images do not divide into groups of {members}")
+    encoder = None
+    if args.init:                                                     # the decoder always starts anew
+        encoder = load_for_run(args.init, args, num_classes=0, global_pool="token")
     train, val = prepare_data(args, run, train, val)
     torch.manual_seed(args.seed)
-    if args.init:                                                     # the decoder always starts anew
-        encoder = load_encoder(
-            args.init, img_size=args.size, in_chans=args.in_chans, num_classes=0, global_pool="token")
-    else:
-        encoder = ViT(args.size, args.patch, args.in_chans, **VITS[args.model])
-    decoder = Decoder(encoder, **args.decoder)
+    encoder = encoder or ViT(args.size, args.patch, args.in_chans, **VITS[args.model])
+    decoder = Decoder(encoder, **args.decoder)                        # sizes from SMALL or IMAGENET
     args.vit = encoder.config
     model = MixedAE(
         encoder,
@@ -274,12 +274,12 @@ def pretrain(args, train=None, val=None):
         args.segments,
         args.homologous_attention,
         args.contrastive_weight)
-    # To the device; compiled; DDP. Given the other arguments of `forward`, here noise=None, `wrap` also
+    # To the device; compiled; DDP. With the other arguments of `forward`, here noise=None, `wrap` also
     # measures how well a GPU is used.
     wrapped = run.wrap(model, None)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
-    ids = spread(len(train), args.limit)
+    ids = evenly_spaced(len(train), args.limit)
     run.start(
         len(ids), encoder=encoder, decoder=decoder, segments=model.segments, projector=model.projector,
         optimizer=optimizer, scaler=run.scaler)
@@ -308,7 +308,7 @@ def pretrain(args, train=None, val=None):
     if run.rank == 0:
         draw(model, val or train, run)
     best = max(run.history[-1]["topk_accuracy"])
-    chance = (model.visible - 1) / (model.num_patches - 1)
+    chance = (model.num_visible - 1) / (model.num_patches - 1)
     say(
         f"in the best block {best:.2f} of the chosen keys come from the same image, by chance {chance:.2f}")
 
@@ -336,11 +336,11 @@ def draw(model, dataset, run):
 
     # The first token of each image is the query: row 1 + m·n. `order` brings keys from the sequence's order
     # into the image's.
-    order = divide_places(noise, model.members, model.visible)[0].flatten().argsort()
-    weights = attention.weights(inputs[0])                            # (1, H, 1+N, 1+N)
+    order = divide_places(noise, model.members, model.num_visible)[0].flatten().argsort()
+    weights = attention.attention_weights(inputs[0])                  # (1, H, 1+N, 1+N)
     seen = attention.choose(*attention.project(inputs[0])[:2])
     for title, shown in (("all keys", weights), ("TopK", weights * seen)):
-        light = shown[0].mean(dim=0)[1::model.visible, 1:][:, order]  # (M, N)
+        light = shown[0].mean(dim=0)[1::model.num_visible, 1:][:, order]  # (M, N)
         light = F.normalize(light, torch.inf)                         # 1 where it is highest
         rows[f"attention of one of its patches, {title}"] = mixture * light[..., None]
 
@@ -352,14 +352,14 @@ def draw(model, dataset, run):
 
 # --------------------------------------------------------------------------------------------- command line
 
-# Defaults by kind of data. Scenes and small datasets take minutes on a CPU [not in the paper]; `updates` is
-# the number of steps. ImageNet gets MAE's recipe, as in the paper.
+# Defaults by kind of data. Scenes and small datasets take minutes on a CPU [not in the paper]. ImageNet gets
+# MAE's recipe, as in the paper.
 SMALL = dict(
     model="nano",
     decoder=dict(embed_dim=64, depth=1, num_heads=4),
     norm_pixels=False,
     crop=1.0,
-    updates=5000,
+    steps=5000,
     batch=16,
     lr=2.4e-2
 )
@@ -385,7 +385,7 @@ def options():
         help="an image shows one part of its patches, or all parts in turn, for 1 / ratio times the work")
     add("--mix-ratio", type=float, choices=(0.5, 0.25, 0.125), default=0.25,
         help="fraction of places an image owns; 1 / ratio images are mixed (paper: 0.25 [from memory])")
-    add("--segments", action=switch, default=True, help="add a vector to all tokens of an image (paper: yes)")
+    add("--segments", action=switch, default=True, help="add segment embeddings to tokens (paper: yes)")
     add("--homologous-attention", action=switch, default=True,
         help="a query sees only the keys most similar to it (paper: yes)")
     add("--contrastive-weight", type=number(float, 0), default=0.1,

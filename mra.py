@@ -45,9 +45,9 @@ Details that matter
  2. Attention is computed with all patches visible: in the last block, from the class token, averaged over
     heads. The encoder then runs again on the visible patches alone, so that the decoder cannot copy what is
     hidden.
- 3. Visible patches keep their pixels. The loss was on hidden ones only, so the decoder's output for visible
-    ones was never trained: see "reconstruction" in OUT/augmentation.png.
- 4. Predictions can leave the range of pixels and are clipped to 0 … 255.
+ 3. Visible patches keep their pixels [not in the paper]. The loss was on hidden ones only, so the decoder's
+    output for visible ones was never trained: see "reconstruction" in OUT/augmentation.png.
+ 4. Predictions can leave the range of pixels and are clipped to 0 … 255 [not in the paper].
  5. MRA works after crop and flip, on the device, on many images at once, without gradients.
  6. The augmentor in OUT/augmentor is trained on the crops it will paint: the same --crop [not in the paper].
     Of small data it sees 60,000 images, rounded up to whole epochs: little for photographs. --task
@@ -61,20 +61,20 @@ Details that matter
 10. FixMatch evaluates the moving average of the weights, batch norm's statistics included.
 """
 
-import argparse
 import copy
 
-from common import (                                                  # before torch: it sets how threads wait
-    VITS, Decoder, ImageFolder, Run, Scenes, UserError, ViT, batches, decay_groups, entry, gather_tokens,
-    label_objects, labels_of, learning_rate, load_decoder, load_encoder, number, parse_args, patchify,
-    prepare_data, read_checkpoint, save_image_rows, say, shared_options, spread, to_pixels, training_plan,
-    unpatchify)
+from common import (                                                  # before torch: sets an OpenMP variable
+    VITS, Decoder, ImageFolder, Run, Scenes, UserError, ViT, batches, decay_groups, entry, evenly_spaced,
+    gather_tokens, label_objects, labels_of, learning_rate, load_decoder, load_encoder, number, parse_args,
+    patchify, prepare_data, read_checkpoint, run_in_folder, save_image_rows, say, shared_options, to_pixels,
+    training_plan, unpatchify)
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import distributed as dist
 from torch import nn
+from torchvision.models import list_models
 from torchvision.transforms import v2
 
 # -------------------------------------------------------------------------------------------------- masking
@@ -89,16 +89,16 @@ STRATEGIES = {
 
 
 def hide(noise, mask_ratio):
-    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image this part of the
+    """noise (B, N) → ids_keep (B, n), ids_restore (B, N), mask (B, N): of every image this fraction of the
     patches is hidden, those with the highest noise. mask is 1 where a patch is hidden."""
-    visible = int(noise.shape[1] * (1 - mask_ratio))                  # n
+    num_visible = int(noise.shape[1] * (1 - mask_ratio))              # n
     # argsort by noise shuffles the patches, visible ones first. The argsort of a permutation is its inverse:
     # ids_restore[i] is the place of patch i in the shuffled order. Without it predictions could not be put in
     # their places.
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
-    mask = (ids_restore >= visible).float()
-    return ids_shuffle[:, :visible], ids_restore, mask
+    mask = (ids_restore >= num_visible).float()
+    return ids_shuffle[:, :num_visible], ids_restore, mask
 
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -268,7 +268,7 @@ def pretrain(args, train=None, val=None):
     wrapped = run.wrap(model)                                         # on the device; compiled; DDP
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), betas=(0.9, 0.95), fused=True)
 
-    ids = spread(len(train), args.limit)
+    ids = evenly_spaced(len(train), args.limit)
     run.start(len(ids), encoder=encoder, decoder=decoder, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True)  # detail 6
     for _ in run.steps():
@@ -284,9 +284,9 @@ def draw(mra, dataset, run):
     """Writes OUT/augmentation.png: images, attention, and what MRA makes of them, by strategy. If the
     data have maps of their objects, prints and logs how much of them stays visible."""
     args = run.args
-    images, labels = next(batches(label_objects(dataset), [(spread(len(dataset), 250), 0)], run))
+    images, labels = next(batches(label_objects(dataset), [(evenly_spaced(len(dataset), 250), 0)], run))
     attention = mra.attention(images)                                 # (B, N)
-    faded = images * mra.per_pixel(attention / attention.amax(1, True))
+    faded = images * mra.per_pixel(F.normalize(attention, torch.inf))  # 1 where it is highest
     rows = {"image": images, "attention: the image fades where it is low": faded}
 
     # One map for all images knows where objects mostly are. Attention has to do better (detail 7).
@@ -310,18 +310,6 @@ def draw(mra, dataset, run):
         if low < max(random, mean_map):
             say("attention keeps no more of the objects than chance, or than one map for all images: "
                 "train the augmentor longer, or with another --seed")
-
-
-def run_in_folder(function, args, folder, train, val, **overrides):
-    """Calls a training function in OUT/folder, with some options replaced → what it returns. An interrupted
-    run resumes, a finished one is only evaluated or drawn again; --overwrite without --resume starts over."""
-    options = argparse.Namespace(**(vars(args) | overrides))
-    options.out = f"{args.out}/{folder}"
-    options.resume = args.resume or not args.overwrite
-    result = function(options, train, val)
-    if dist.is_initialized():
-        dist.barrier()                                                # until process 0 has written it
-    return result
 
 
 def make_augmentor(args, run, train, val):
@@ -351,7 +339,7 @@ def labelled_ids(dataset, classes, limit=None, labels=None, imbalance=1):
     if (targets < 1).all():                                           # −1: unknown; class 0 alone is no task
         raise UserError("this needs folders train/CLASS and val/CLASS, or a torchvision name; "
                         "without labels there is --task augmentor")
-    candidates = spread(len(targets), limit)
+    candidates = evenly_spaced(len(targets), limit)
     candidates = candidates[torch.randperm(len(candidates))]
     ids = []
     for k in range(classes):
@@ -442,20 +430,20 @@ def classify(args, train=None, val=None):
         labels = labels_of(val)
         episodes(labels[labels >= classes], WAYS, 5, count=1)
     # On scenes or with --augmentor, MRA is evaluated even if it is not trained with, but not in episodes.
-    needed = "mra" in args.augment or not fewshot and (args.augmentor or isinstance(train, Scenes))
+    needed = "mra" in args.augment or (not fewshot and (args.augmentor or isinstance(train, Scenes)))
     mra = make_augmentor(args, run, train, val) if needed else None
     rand_augment = v2.RandAugment(2, 9, num_magnitude_bins=11) if "randaugment" in args.augment else None
 
     torch.manual_seed(args.seed)
     model = new_classifier(args)
     wrapped = run.wrap(model)
-    average = copy.deepcopy(model) if semi else model                 # what is evaluated
+    evaluated = copy.deepcopy(model) if semi else model               # FixMatch: a moving average (detail 10)
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=args.weight_decay)
 
-    all_ids = spread(len(train), args.limit)
+    all_ids = evenly_spaced(len(train), args.limit)
     run.start(
         len(all_ids) // UNLABELLED_RATIO if semi else len(ids),
-        classifier=average, model=model, optimizer=optimizer, scaler=run.scaler)
+        classifier=evaluated, model=model, optimizer=optimizer, scaler=run.scaler)
     loader = batches(train, training_plan(ids, run), run, train=True, augment=None if semi else rand_augment)
     # A step sees --batch labelled images. FixMatch adds UNLABELLED_RATIO times as many without labels, in two
     # views. The strong view has another seed, so it is another crop (detail 8). `v2.Identity()`, like
@@ -483,19 +471,19 @@ def classify(args, train=None, val=None):
     for step in run.steps():
         train_step(run, wrapped, optimizer, loader, loss_of)
         if semi:
-            update_average(average, model, args.ema)
-        if len(val_ids) and run.should_evaluate(step, cost=len(val_ids)):
-            result, _ = evaluate(average, val, val_ids, run)
+            update_average(evaluated, model, args.ema)
+        if len(val_ids) and run.should_evaluate(step, num_images=len(val_ids)):
+            result, _ = evaluate(evaluated, val, val_ids, run)
             run.log(top1=result["top1"])
             model.train()
 
     if mra:
         mra.probability = 1.0                                         # from here on it paints every image
     if fewshot:
-        result = evaluate_episodes(average, mra, val, classes, run)
+        result = evaluate_episodes(evaluated, mra, val, classes, run)
         classes = WAYS                                                # among so many an episode chooses
     else:
-        result, per_class = evaluate(average, val, val_ids, run)
+        result, per_class = evaluate(evaluated, val, val_ids, run)
         if args.imbalance > 1:
             result |= by_size(per_class, labels_of(train)[ids].bincount(minlength=classes))
         if mra:
@@ -504,7 +492,7 @@ def classify(args, train=None, val=None):
                 draw(mra, val, run)
             for strategy in STRATEGIES:
                 mra.mask_strategy = strategy
-                painted, _ = evaluate(average, val, val_ids, run, mra.forward)
+                painted, _ = evaluate(evaluated, val, val_ids, run, mra.forward)
                 result |= {f"{name}_painted_{strategy}": value for name, value in painted.items()}
     if args.baseline and "mra" in args.augment:
         # FixMatch needs a strong view. Without MRA it is RandAugment's, as in the original, but of fixed
@@ -525,13 +513,14 @@ def evaluate(model, dataset, ids, run, transform=lambda images: images):
     true class), and the accuracy of each class (K,), over all images and processes."""
     model.eval()
     totals = torch.zeros(3, run.args.num_classes, device=run.device)
-    for images, labels in batches(dataset, [(part, 0) for part in ids[run.rank::run.world].split(250)], run):
+    plan = [(part, 0) for part in ids[run.rank::run.world_size].split(250)]
+    for images, labels in batches(dataset, plan, run):
         with run.autocast:
             probability = model.forward(transform(images)).float().softmax(1)  # (b, K)
         correct = probability.argmax(1) == labels
         confidence = probability.gather(1, labels[:, None])[:, 0]
         totals.index_add_(1, labels, torch.stack([correct, confidence, torch.ones_like(confidence)]))
-    if run.world > 1:
+    if run.world_size > 1:
         dist.all_reduce(totals)
     top1, confidence, _ = (totals.sum(1) / len(ids)).tolist()
     return dict(top1=top1, confidence=confidence), (totals[0] / totals[2]).cpu()
@@ -569,7 +558,7 @@ def evaluate_episodes(model, mra, dataset, first, run):
     with five; top1 is the accuracy with five. The classes are those from `first` on, which the classifier
     was not trained on."""
     # Features are what the last linear layer receives.
-    *_, last = (path for path, layer in model.named_modules() if isinstance(layer, nn.Linear))
+    last = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear)][-1]
     model.eval().set_submodule(last, nn.Identity())
     labels = labels_of(dataset)
     ids = (labels >= first).nonzero()[:, 0]
@@ -639,16 +628,16 @@ TASKS = {
 
 # Defaults by kind of data and task; `preset` says which rows count. "imagenet" has the paper's classifier and
 # its training [from memory]. All else is [not in the paper], including the augmentor's recipe: MAE's, for 200
-# epochs. `updates` is a number of steps, `ema` the factor of the old weights in FixMatch's moving average.
+# epochs. `ema` is the factor of the old weights in FixMatch's moving average.
 PRESETS = {
     "scenes": dict(
         model="nano", crop=0.5,
-        classifier="conv4", updates=600, batch=50, lr=0.5, weight_decay=1e-4,
+        classifier="conv4", steps=600, batch=50, lr=0.5, weight_decay=1e-4,
         ema=0.99),
-    "scenes augmentor": dict(updates=1875, batch=32, lr=1.6e-2, weight_decay=0.05),
+    "scenes augmentor": dict(steps=1875, batch=32, lr=1.6e-2, weight_decay=0.05),
     "supervised scenes": dict(labels=50, augment=["none"]),
-    "small": dict(updates=2000),
-    "scenes semi": dict(labels=25, updates=700, batch=16, weight_decay=5e-4),
+    "small": dict(steps=2000),
+    "scenes semi": dict(labels=25, steps=700, batch=16, weight_decay=5e-4),
     "imagenet": dict(
         model="light", crop=0.08, size=[224],
         classifier="resnet50", epochs=100, batch=256, lr=0.1, weight_decay=1e-4, warmup=5.0,
@@ -664,7 +653,7 @@ def preset(args, kind):
     """→ the defaults for a kind of data and the task in args. `recipe` holds those of the augmentor that has
     to be trained first: options for the classifier's training do not count for it."""
     # Small data use the rows of scenes, except "supervised scenes". Later rows override earlier ones.
-    base = kind.replace("small", "scenes")
+    base = "imagenet" if kind == "imagenet" else "scenes"
     values = {}
     for row in (base, kind, f"{base} {args.task}", f"{args.task} {kind}"):
         values |= PRESETS.get(row, {})
@@ -688,8 +677,9 @@ def options():
     add("--augment", nargs="+", choices=("none", "mra", "cutout", "cutmix", "mixup", "randaugment"),
         default=["mra"], help="for training images, one or several (default for scenes, supervised: none)")
     add("--baseline", action="store_true", help="then do the same without MRA, in OUT/baseline")
-    add("--classifier", choices=["conv4", *torchvision.models.list_models(torchvision.models)],
-        metavar="NAME", help="conv4, or one of torchvision's (paper: resnet50)")
+    others = list_models(torchvision.models, exclude=["googlenet", "inception*"])  # these return two results
+    add("--classifier", choices=["conv4", *others], metavar="NAME",
+        help="conv4, or one of torchvision's (paper: resnet50)")
     add("--labels", type=count, help="labelled images of each class")
     add("--imbalance", type=count, default=1,
         help="long tail: images of the first class over those of the last")

@@ -319,7 +319,7 @@ def pace(args, script, preset, train, first, last, words):
 def random_images(args, count, size):
     """→ a dataset that lies on the device already."""
     pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=args.device)
-    return common.Images(pixels, torch.arange(count) % 10, range(10))
+    return common.InMemoryImages(pixels, torch.arange(count) % 10, range(10))
 
 
 def scripts(args, steps=20):
@@ -390,7 +390,7 @@ def sweep(args):
             print(f"  {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB", flush=True)
 
 
-def on_gpu(args, questions):
+def on_cuda(args, questions):
     """Runs parts for GPUs."""
     torch.set_float32_matmul_precision("high")                        # as the scripts do
     args.rate = common.matrix_rate(args.device, torch.bfloat16)
@@ -432,7 +432,7 @@ if __name__ == "__main__":
         parser.error("--gpu needs a GPU with CUDA")
     args.batch = args.batch or (256 if args.gpu else 8)
     if args.gpu:
-        on_gpu(args, args.questions or ON_GPU)
+        on_cuda(args, args.questions or ON_GPU)
     else:
         images = torch.randn(args.batch, 3, 224, 224, device=args.device)
         for question in args.questions or ["step", "paper"]:

@@ -12,7 +12,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # Machines are shared, and sums come out alike, also in subprocesses.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["MKL_NUM_THREADS"] = "1"
 
 
 def log_of(out):
@@ -23,7 +22,6 @@ def log_of(out):
 @pytest.fixture(autouse=True)
 def seeded():
     import torch
-    torch.set_num_threads(1)
     torch.manual_seed(0)
 
 

@@ -410,21 +410,21 @@ def test_one_step_equals_one_by_hand(finished, tmp_path):
 
 def test_attention_alone_highlights_where_it_is_highest():
     attention, args = draw_attention(5, 4, 16), argparse.Namespace(masking="attention")
-    found = automae.find_hint(args, lambda images: attention, None, None, argparse.Namespace(visible=4))
+    found = automae.find_hint(args, lambda images: attention, None, None, argparse.Namespace(num_visible=4))
     for row, values in zip(found, attention.mean(dim=1)):
         assert set(row.nonzero().flatten().tolist()) == set(values.topk(4).indices.tolist())
 
 
 def test_init_continues_from_an_encoder(finished, cli, tmp_path):
     init = ["--init", finished[0] / "last.pt", "--lr", 0, "--masking", "random"]
-    assert cli(*RUN, *init, "--out", tmp_path)[0] == 0
+    assert cli(*RUN[4:], *init, "--out", tmp_path)[0] == 0                  # size and patch are the encoder's
     assert_same(common.read_checkpoint(f"{tmp_path}/last.pt")["encoder"], finished[1]["encoder"])
 
 
 def test_other_maskings(finished, cli, tmp_path):
     hidden = {}
     for masking in ("boxes", "random", "attention"):
-        code, _, stderr = cli(*RUN, "--masking", masking, "--prior", finished[0] / "prior" / "last.pt",
+        code, _, stderr = cli(*RUN, "--masking", masking, "--prior", finished[0] / "prior/last.pt",
                               "--out", tmp_path / masking, "--mask-factor", 1)
         assert code == 0, stderr
         line = log_of(tmp_path / masking)[-1]
@@ -434,7 +434,7 @@ def test_other_maskings(finished, cli, tmp_path):
 
 
 def test_boxes_need_data_with_maps(tmp_path):
-    images = common.Images(torch.zeros(8, 3, 16, 16).byte(), [0] * 8, "a")
+    images = common.InMemoryImages(torch.zeros(8, 3, 16, 16).byte(), [0] * 8, "a")
     with pytest.raises(common.UserError, match="--masking"):
         automae.main([*RUN, "--masking", "boxes", "--out", str(tmp_path)], images)
 

@@ -36,7 +36,7 @@ from common import (
     save_image_rows,
     shared_options,
     sincos_positions,
-    spread,
+    evenly_spaced,
     to_pixels,
     training_plan,
     unpatchify,
@@ -108,7 +108,7 @@ def test_positions_follow_the_formula(dim, rows, columns):
 
 def test_attention_weights_give_the_fused_output():
     attention, x = shake(common.Attention(24, 3)), torch.randn(2, 7, 24)
-    weights = attention.weights(x)
+    weights = attention.attention_weights(x)
     # Head by head, with the rows of the qkv layer that belong to it.
     value = (x @ attention.qkv.weight[48:].T + attention.qkv.bias[48:]).unflatten(2, (3, 8))
     heads = [weights[:, k] @ value[:, :, k] for k in range(3)]
@@ -121,7 +121,7 @@ def test_attention_map_is_the_last_blocks_row_of_the_class_token():
     vit.blocks[-1].attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     images = torch.randn(2, 3, 8, 12)
     vit(images)
-    close(vit.attention_map(images), vit.blocks[-1].attn.weights(seen[0])[:, :, 0, 1:])
+    close(vit.attention_map(images), vit.blocks[-1].attn.attention_weights(seen[0])[:, :, 0, 1:])
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
@@ -472,14 +472,11 @@ def test_bad_checkpoints_are_refused_and_run_no_code(kind, tmp_path):
     assert not (tmp_path / "exploded").exists()
 
 
-
-
-
 def test_a_file_without_decoder_says_so(tmp_path):
-    torch.save(ViT(**TINY).state_dict(), tmp_path / "encoder.pth")
-    encoder = load_encoder(str(tmp_path / "encoder.pth"))
+    encoder = ViT(**TINY)
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
     with pytest.raises(UserError):
-        load_decoder(str(tmp_path / "encoder.pth"), encoder)
+        load_decoder(tmp_path / "encoder.pth", encoder)
 
 
 # ----------------------------------------------------------------------------------------------------- images
@@ -535,11 +532,6 @@ def test_many_images_are_read_with_few_open_files(tmp_path):
     assert len(train) == 8000 and train.images[201].unique() == 1
 
 
-def test_no_position_among_very_many_images_is_rounded():
-    ids = spread(40_000_000, 4_000_000)
-    assert ids[-1] == 39_999_999 and len(ids.unique()) == 4_000_000 and (ids % 2 == 1).any()
-
-
 def test_an_augmentation_for_8_bits_gets_8_bits_without_wrapping_around(tmp_path):
     args = options(tmp_path, "--crop", 0.5)
     args.size = (16, 16)
@@ -549,8 +541,9 @@ def test_an_augmentation_for_8_bits_gets_8_bits_without_wrapping_around(tmp_path
     transform = common.view_transform(args, train=True, augment=lambda image: seen.append(image) or image)
     for _ in range(20):
         transform(common.tv_tensors.Image(image))
-    assert len(seen) == 20 and all(view.dtype == torch.uint8 for view in seen)
+    assert len(seen) == 20
     for view in seen:
+        assert view.dtype == torch.uint8
         low = view.float().mean(dim=(0, 1)).diff()
         assert (low >= -9).all() or (low <= 9).all()                  # from dark to bright or, flipped, back
 
@@ -578,7 +571,8 @@ def test_classes_and_means_of_another_kind_are_refused(tmp_path):
     images = torch.full((4, 3, 8, 8), 9).byte()
     with pytest.raises(UserError, match="255"):
         opened(tmp_path, "--mean", 0.5, 0.5, 0.5, "--std", 0.2, 0.2, 0.2, train=Own(images))
-    train, val = common.Images(images, [0, 1, 2, 0], "abc"), common.Images(images, [0, 1, 1, 0], "bc")
+    train = common.InMemoryImages(images, [0, 1, 2, 0], "abc")
+    val = common.InMemoryImages(images, [0, 1, 1, 0], "bc")
     with pytest.raises(UserError, match="classes"):
         opened(tmp_path, train=train, val=val)
 
@@ -632,7 +626,7 @@ def places(dataset, seed, tmp_path, *flags, train=True):
     )
 
 
-@pytest.mark.parametrize("dataset", [common.Images(PLACES, [0] * 256, ["a"]), Own(PLACES)])
+@pytest.mark.parametrize("dataset", [common.InMemoryImages(PLACES, [0] * 256, ["a"]), Own(PLACES)])
 def test_crops_lie_inside_the_image_and_flips_are_an_option(dataset, tmp_path):
     width, height, images = places(dataset, 5, tmp_path, "--crop", 0.3)
     area, aspect = width.abs() * height, width.abs() / height
@@ -645,10 +639,13 @@ def test_crops_lie_inside_the_image_and_flips_are_an_option(dataset, tmp_path):
     assert torch.equal(images, places(dataset, 5, tmp_path, "--crop", 0.3)[2])
     assert not torch.equal(images, places(dataset, 6, tmp_path, "--crop", 0.3)[2])
     assert (places(dataset, 5, tmp_path, "--crop", 0.3, "--no-flip")[0] > 0).all()
+    # Smaller crops are cut from the whole image, not from the 56 of 64 pixels that evaluation sees.
+    width, height, _ = places(Own(PLACES), 5, tmp_path, "--crop", 0.3, "--size", 32)
+    assert (width.abs() * height).max() > 3.3                         # (56 / 32)² is 3.1
 
 
 def test_validation_images_of_the_right_size_are_whole_and_others_seven_eighths(tmp_path):
-    for dataset in (common.Images(PLACES, [0] * 256, ["a"]), Own(PLACES)):
+    for dataset in (common.InMemoryImages(PLACES, [0] * 256, ["a"]), Own(PLACES)):
         assert torch.equal(places(dataset, 0, tmp_path, train=False)[2], PLACES.float())
     # 32 pixels show 56 of 64, those in the middle.
     width, height, images = places(Own(PLACES), 0, tmp_path, "--size", 32, train=False)
@@ -667,7 +664,7 @@ def test_validation_images_of_another_aspect_are_not_padded(tmp_path):
 def test_maps_are_cropped_and_flipped_with_their_images(tmp_path):
     masks = Scenes(32).masks
     images = masks[:, None].repeat(1, 3, 1, 1).byte() * 255
-    dataset = common.Images(images, masks.byte(), ["background", "object"])
+    dataset = common.InMemoryImages(images, masks.byte(), ["background", "object"])
     run, data, _ = opened(tmp_path, *RAW, "--crop", 0.3, train=dataset)
     images, found = one_batch(data, run, train=True)
     # The image is interpolated, the mask is not: they may differ at the border of a shape.
@@ -676,7 +673,7 @@ def test_maps_are_cropped_and_flipped_with_their_images(tmp_path):
 
 def test_images_are_normalised_by_mean_and_std_and_to_pixels_goes_back(tmp_path):
     images = (torch.rand(12, 2, 16, 16) * torch.tensor([50, 200])[:, None, None]).byte()
-    run, data, _ = opened(tmp_path, train=common.Images(images, [0] * 12, ["a"]))
+    run, data, _ = opened(tmp_path, train=common.InMemoryImages(images, [0] * 12, ["a"]))
     assert run.args.in_chans == 2 and run.args.size == (16, 16)
     pixels = images.double().numpy()
     np.testing.assert_allclose(run.args.mean, pixels.mean((0, 2, 3)), rtol=1e-5)
@@ -844,7 +841,7 @@ def plan_of(step=0, world=1, rank=0, accumulate=2, seed=0, count=20):
         step=step,
         total_steps=6,
         steps_per_epoch=2,
-        world=world,
+        world_size=world,
         rank=rank,
         accumulate=accumulate,
         micro_batch=8 // accumulate // world,
@@ -866,10 +863,11 @@ def test_the_plan_is_a_function_of_seed_and_step():
     assert [pair for pairs in zip(*parts) for pair in pairs] == same
 
 
-def test_spread():
-    assert spread(10).tolist() == [*range(10)]
-    assert spread(9, 3).tolist() == [0, 4, 8]
-    assert len(spread(5, 100)) == 5
+def test_evenly_spaced():
+    assert evenly_spaced(10).tolist() == [*range(10)]
+    assert evenly_spaced(9, 3).tolist() == [0, 4, 8]
+    ids = evenly_spaced(40_000_000, 4_000_000)                       # float32 would round
+    assert ids[-1] == 39_999_999 and len(ids.unique()) == 4_000_000
 
 
 def test_images_above_224_pixels_are_seen_whole():
@@ -898,7 +896,7 @@ def test_labels_of():
     own = Own(torch.zeros(3, 1, 2, 2).byte())
     own.labels = {"cat": 0, "dog": 1}                          # counts in torchvision's datasets alone
     assert labels_of(own).tolist() == [0, 1, 0]
-    many = common.Images(torch.zeros(3, 1, 2, 2).byte(), torch.ones(3, 40), "ab")  # as CelebA has them
+    many = common.InMemoryImages(torch.zeros(3, 1, 2, 2).byte(), torch.ones(3, 40), "ab")  # as in CelebA
     assert labels_of(many).tolist() == labels_of([(0, label) for label in many.targets]).tolist() == [-1] * 3
 
 
@@ -925,18 +923,18 @@ def test_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
 
 def test_epochs_warm_up_and_evaluations_follow_from_the_number_of_steps(tmp_path):
     run = run_of(tmp_path)
-    run.args.epochs, run.args.updates, run.args.warmup = None, 20, None
+    run.args.epochs, run.args.steps, run.args.warmup = None, 20, None
     run.start(50)  # 6 steps of 8, two images left over
     assert (run.args.epochs, run.total_steps) == (4, 24) and run.warmup_steps == pytest.approx(2.4)
-    assert [step for step in range(24) if run.should_evaluate(step, cost=48)] == [5, 11, 17, 23]
-    assert [step for step in range(24) if run.should_evaluate(step, cost=130)] == [17, 23]  # every third
+    assert [step for step in range(24) if run.should_evaluate(step, num_images=48)] == [5, 11, 17, 23]
+    assert [step for step in range(24) if run.should_evaluate(step, num_images=130)] == [17, 23]
     run.args.warmup, run.may_replace = 40, True
     run.start(50)
     assert run.warmup_steps == pytest.approx(24 / 5)
 
 
 @pytest.mark.parametrize("batch, length, wanted", [
-    (8, "updates", 0.02), (16, "updates", 0.02), (64, "updates", 0.005), (64, "epochs", 0.02)])
+    (8, "steps", 0.02), (16, "steps", 0.02), (64, "steps", 0.005), (64, "epochs", 0.02)])
 def test_the_peak_rate_of_small_presets_does_not_grow_with_the_batch(batch, length, wanted):
     preset = {"batch": 16, "lr": 0.02, length: 10}
     args = parse_args(shared_options("a test"), "test", lambda args, kind: preset, ["--batch", str(batch)])
@@ -1075,7 +1073,7 @@ def test_presets_go_by_number_and_size_of_images(tmp_path):
 @pytest.mark.parametrize("size", [(16, 16), (16, 32)])
 def test_without_random_crops_training_sees_whole_images_or_mirrors_of_them(size, tmp_path):
     images = (torch.rand(20, 3, *size) * 255).byte()
-    for number, dataset in enumerate((common.Images(images, [0] * 20, ["a"]), Own(images))):
+    for number, dataset in enumerate((common.InMemoryImages(images, [0] * 20, ["a"]), Own(images))):
         run, data, _ = opened(tmp_path / str(number), *RAW, train=dataset)
         seen, _ = one_batch(data, run, train=True)
         same = (seen == images).flatten(1).all(dim=1)

@@ -70,7 +70,7 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("gpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(common.VITS["nano"], "depth", 1)
-        patch.setitem(mra.PRESETS["scenes augmentor"], "updates", 4)
+        patch.setitem(mra.PRESETS["scenes augmentor"], "steps", 4)
         start("mae", root / "mae", root, "--no-compile")
         start(FINETUNE, root / "classifier", root, "--no-compile")
         start("mra --task augmentor", root / "augmentor", root, "--no-compile")

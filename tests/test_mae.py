@@ -15,7 +15,7 @@ import common
 import mae
 from conftest import log_of
 from common import (
-    Decoder, Images, Run, UserError, ViT, center_crop, load_decoder, load_encoder, parse_args,
+    Decoder, InMemoryImages, Run, UserError, ViT, center_crop, load_decoder, load_encoder, parse_args,
     patchify, read_image)
 
 import numpy as np
@@ -590,7 +590,7 @@ def test_features_are_what_a_head_would_get(pool):
 
 
 def test_images_without_a_label_are_no_labelled_ones():
-    data = Images(torch.zeros(30, 3, 4, 4).byte(), [-1] * 10 + [0, 1] * 10, "ab")
+    data = InMemoryImages(torch.zeros(30, 3, 4, 4).byte(), [-1] * 10 + [0, 1] * 10, "ab")
     ids = mae.labelled_ids(data, limit=12)
     assert len(ids) == 12 and (data.targets[ids] >= 0).all()
 
@@ -645,7 +645,7 @@ def test_evaluate_equals_a_slow_count(tmp_path):
         def forward(self, batch):
             return batch[:, 0, 0, :7]
 
-    result = mae.evaluate(FirstPixels(), Images(images, labels, range(7)), ids, Run(args))
+    result = mae.evaluate(FirstPixels(), InMemoryImages(images, labels, range(7)), ids, Run(args))
     right, right5 = 0, 0
     for i in ids.tolist():
         order = images[i, 0, 0, :7].float().topk(5).indices
@@ -653,7 +653,7 @@ def test_evaluate_equals_a_slow_count(tmp_path):
         right5 += int(labels[i] in order)
     assert result["top1"] == pytest.approx(right / 270)
     assert result["top5"] == pytest.approx(right5 / 270)
-    mae.evaluate(FirstPixels(), Images(images, labels, range(7)), ids[:0], Run(args))  # of two processes one
+    mae.evaluate(FirstPixels(), InMemoryImages(images, labels, range(7)), ids[:0], Run(args))  # of two
 
 
 def test_lars_gives_gradients_of_matrices_a_part_of_the_weights_length():
@@ -859,7 +859,7 @@ def test_intersection_over_union_equals_a_slow_count(tmp_path):
     args.classes = "abcde"
     model = mae.Segmenter(tiny((2, 2)).encoder, 5, "linear")
     model.predict = lambda batch: F.one_hot(batch[:, 0].long(), 5).movedim(-1, 1).float()
-    result = mae.evaluate(model, Images(images, maps, "abcde"), torch.arange(6), Run(args))
+    result = mae.evaluate(model, InMemoryImages(images, maps, "abcde"), torch.arange(6), Run(args))
     known = maps != 255
     ious = []
     for k in range(4):
@@ -915,7 +915,7 @@ def test_segmentation_learns_and_its_checkpoint_keeps_its_figures(head, epochs, 
 def test_maps_of_ones_own_and_two_channels_are_segmented(tmp_path, monkeypatch):
     def data(count):
         maps = torch.randint(0, 3, (count, 32, 32)).byte()
-        return Images(60 * maps[:, None].repeat(1, 2, 1, 1), maps, ["a", "b", "c"])
+        return InMemoryImages(60 * maps[:, None].repeat(1, 2, 1, 1), maps, ["a", "b", "c"])
 
     def predict(model, images, predict=mae.Segmenter.predict):
         assert not model.training                                     # also for the image at the end
@@ -963,7 +963,7 @@ def test_a_folder_of_images_and_maps_is_segmented(maps_folder, trained, tmp_path
 def test_a_segmenter_is_not_evaluated_on_other_classes(tmp_path):
     def data(classes):
         maps = torch.randint(0, 2, (8, 32, 32)).byte()
-        return Images(60 * maps[:, None].repeat(1, 3, 1, 1), maps, classes)
+        return InMemoryImages(60 * maps[:, None].repeat(1, 3, 1, 1), maps, classes)
 
     flags = "--task segment --model nano --batch 4 --epochs 1 --workers 0 --device cpu".split()
     mae.segment(args_of(tmp_path / "run", *flags), data("ab"), data("ab"))
@@ -1088,7 +1088,7 @@ def test_pixels_without_a_label_do_not_count_in_the_loss(tmp_path, monkeypatch):
     monkeypatch.setattr(mae.Segmenter, "forward", lambda model, images: 0 * forward(model, images))
     maps = torch.full((8, 32, 32), 255).byte()
     maps[4:, :7] = torch.randint(0, 2, (4, 7, 32))  # four maps know a part, four nothing
-    data = Images(torch.randint(0, 255, (8, 3, 32, 32)).byte(), maps, ["a", "b"])
+    data = InMemoryImages(torch.randint(0, 255, (8, 3, 32, 32)).byte(), maps, ["a", "b"])
     flags = "--task segment --model nano --batch 4 --micro-batch 1 --epochs 2 --device cpu".split()
     mae.segment(args_of(tmp_path, *flags), data, data)
     for line in log_of(tmp_path)[:2]:
@@ -1098,13 +1098,13 @@ def test_pixels_without_a_label_do_not_count_in_the_loss(tmp_path, monkeypatch):
 def test_short_runs_on_large_data_keep_nothing_of_the_long_recipe(tmp_path):
     args = args_of(tmp_path, "--task", "segment", "--head", "conv")
     values = mae.preset(args, "imagenet")
-    assert values["updates"] == 600 and values["epochs"] is values["warmup"] is None
+    assert values["steps"] == 600 and values["epochs"] is values["warmup"] is None
 
 
 def test_a_small_folder_gets_a_small_recipe(folder, tmp_path):
     for task in ("pretrain", "finetune"):
         args = args_of(tmp_path, "--data", folder, "--task", task)
-        assert args.model == "nano" and args.batch <= 64 and args.epochs is None and args.updates <= 5000
+        assert args.model == "nano" and args.batch <= 64 and args.epochs is None and args.steps <= 5000
 
 
 @pytest.mark.parametrize(

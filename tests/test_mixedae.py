@@ -312,7 +312,8 @@ def test_full_mixing_of_eighths_runs_and_says_its_chance_value(tmp_path, cli):
 
 
 def test_init_continues_from_an_encoder(finished, cli, tmp_path):
-    assert cli(*RUN, "--init", finished / "last.pt", "--lr", 0, "--out", tmp_path)[0] == 0
+    # Without --size and --patch: they are the encoder's.
+    assert cli(*RUN[4:], "--init", finished / "last.pt", "--lr", 0, "--out", tmp_path)[0] == 0
     one, two = (common.read_checkpoint(f"{out}/last.pt")["encoder"] for out in (finished, tmp_path))
     assert all(torch.equal(one[name], two[name]) for name in one)
 

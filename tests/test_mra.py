@@ -174,7 +174,7 @@ def test_dropping_follows_the_strategy_and_nothing_is_dropped_at_zero():
 @pytest.mark.parametrize("classes, count, imbalance", [(10, 500, 100), (3, 7, 50), (100, 500, 10)])
 def test_a_long_tail_has_the_usual_counts(classes, count, imbalance):
     targets = torch.arange(classes * count) % classes
-    data = common.Images(torch.zeros(len(targets), 1, 1, 1), targets, range(classes))
+    data = common.InMemoryImages(torch.zeros(len(targets), 1, 1, 1), targets, range(classes))
     ids = mra.labelled_ids(data, classes, imbalance=imbalance)
     for k in range(classes):
         # The largest n with n ≤ count · imbalance^(−k/(K−1)), in whole numbers.
@@ -185,7 +185,7 @@ def test_a_long_tail_has_the_usual_counts(classes, count, imbalance):
 
 
 def test_labelled_images_are_chosen_class_by_class():
-    data = common.Images(torch.zeros(90, 3, 4, 4, dtype=torch.uint8), torch.arange(90) % 3, "abc")
+    data = common.InMemoryImages(torch.zeros(90, 3, 4, 4, dtype=torch.uint8), torch.arange(90) % 3, "abc")
     data.targets[:30] = -1
     ids = mra.labelled_ids(data, 3, labels=7)
     assert data.targets[ids].bincount().tolist() == [7, 7, 7] and len(ids.unique()) == 21
@@ -286,7 +286,7 @@ def test_evaluate_equals_a_count(tmp_path):
     images, labels = torch.randint(256, (300, 1, 16, 16)).byte(), torch.randint(5, (300,))
     model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Flatten(), torch.nn.Linear(256, 5)).train()
     ids = torch.randperm(300)[:270]                                    # two batches
-    data, run = common.Images(images, labels, range(5)), common.Run(args_of(tmp_path))
+    data, run = common.InMemoryImages(images, labels, range(5)), common.Run(args_of(tmp_path))
     result, per_class = mra.evaluate(model, data, ids, run)
     chances, labels = model[2]((images[ids].flatten(1) - 100.0) / 50).softmax(dim=1), labels[ids]
     right = (chances.argmax(dim=1) == labels).float()
@@ -303,7 +303,7 @@ def test_episodes_are_of_the_classes_held_out(tmp_path, monkeypatch):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(256, 5))
     accuracy = mra.nearest_centroid
     monkeypatch.setattr(mra, "nearest_centroid", lambda *views: accuracy(*views) * (torch.arange(600) % 2))
-    result = mra.evaluate_episodes(model, None, common.Images(images, labels, range(10)), 5, run)
+    result = mra.evaluate_episodes(model, None, common.InMemoryImages(images, labels, range(10)), 5, run)
     assert result["shots_1"] == result["top1"] == 0.5
     assert result["interval_1"] == pytest.approx(1.96 * 0.5 / math.sqrt(600), rel=1e-2)
 
@@ -452,13 +452,13 @@ def test_fewshot_never_trains_on_the_classes_it_is_tested_on(augmentor, tmp_path
     # Validation images of the classes held out are enough.
     train, val = scenes
     held_out = val.targets >= 5
-    val = common.Images(val.images[held_out], val.targets[held_out], val.classes)
+    val = common.InMemoryImages(val.images[held_out], val.targets[held_out], val.classes)
     mra.main([*SHORT, *words, "--out", f"{tmp_path}/held-out"], train, val)
     assert log_of(tmp_path / "held-out")[-1]["shots_5"] == log_of(tmp_path / "run")[-1]["shots_5"]
 
 
 def test_without_an_augmentor_one_is_trained_first_and_not_twice(cli, tmp_path, monkeypatch):
-    monkeypatch.setitem(mra.PRESETS, "scenes augmentor", dict(updates=3, batch=10, lr=0.01))
+    monkeypatch.setitem(mra.PRESETS, "scenes augmentor", dict(steps=3, batch=10, lr=0.01))
     words = [*SHORT, "--labels", "6", "--epochs", "1", "--out", tmp_path / "run"]
     code, output, errors = cli(*words)
     assert code == 0 and not errors and (tmp_path / "run" / "augmentation.png").exists()
