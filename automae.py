@@ -31,7 +31,7 @@ helps; with the others the generator learns hardly more than that map. This depe
 one head attends 9 times as much to objects as to background, with the others no head more than 3.3 times.
 (An AMD EPYC sums in another order, which matters as much as another seed: there seed 0 ends with 4.5.)
 
-The reconstruction's gradient changes next to nothing: without it the first ratio is 6.6, 3.1 and 3.0 (seeds
+The reconstruction's gradient changes next to nothing: without it the first ratio is 6.6, 3.2 and 3.0 (seeds
 0 to 2).
 
 Features do not get better: a linear classifier on the mean patch token reaches 0.456 ± 0.042 (mean and
